@@ -1,0 +1,74 @@
+"""fusion_merge: fine-tuned CLIP models become one routed model.
+
+Names are imported when they are first used, so that `import fusion_merge` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusion_merge.methods.clip_finetune import CLIPFinetuneAlgorithm
+    from fusion_merge.methods.dummy import DummyAlgorithm
+    from fusion_merge.methods.e_wemoe import EWEMoEAlgorithm
+    from fusion_merge.methods.rankone_moe import RankOneMoEAlgorithm
+    from fusion_merge.methods.simple_average import SimpleAverageAlgorithm
+    from fusion_merge.methods.task_arithmetic import TaskArithmeticAlgorithm
+    from fusion_merge.methods.wemoe import WEMoEAlgorithm
+    from fusion_merge.models.merged import MergedCLIPVisionConfig, MergedCLIPVisionModel
+    from fusion_merge.moe import set_routing
+    from fusion_merge.pools.model_pool import CLIPVisionModelPool
+    from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool, DummyTaskPool
+    from fusion_merge.registry import get_method, list_methods, register_method
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CLIPFinetuneAlgorithm": "methods.clip_finetune",
+    "CLIPVisionModelPool": "pools.model_pool",
+    "CLIPVisionModelTaskPool": "pools.task_pool",
+    "DummyAlgorithm": "methods.dummy",
+    "DummyTaskPool": "pools.task_pool",
+    "EWEMoEAlgorithm": "methods.e_wemoe",
+    "MergedCLIPVisionConfig": "models.merged",
+    "MergedCLIPVisionModel": "models.merged",
+    "RankOneMoEAlgorithm": "methods.rankone_moe",
+    "SimpleAverageAlgorithm": "methods.simple_average",
+    "TaskArithmeticAlgorithm": "methods.task_arithmetic",
+    "WEMoEAlgorithm": "methods.wemoe",
+    "get_method": "registry",
+    "list_methods": "registry",
+    "register_method": "registry",
+    "set_routing": "moe",
+}
+
+__all__ = [
+    "CLIPFinetuneAlgorithm",
+    "CLIPVisionModelPool",
+    "CLIPVisionModelTaskPool",
+    "DummyAlgorithm",
+    "DummyTaskPool",
+    "EWEMoEAlgorithm",
+    "MergedCLIPVisionConfig",
+    "MergedCLIPVisionModel",
+    "RankOneMoEAlgorithm",
+    "SimpleAverageAlgorithm",
+    "TaskArithmeticAlgorithm",
+    "WEMoEAlgorithm",
+    "__version__",
+    "get_method",
+    "list_methods",
+    "register_method",
+    "set_routing",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module `fusion_merge` has no attribute `{name}`")
+    return getattr(import_module(f"fusion_merge.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""Test-time adaptation of routers on unlabelled images, on Lightning Fabric."""

@@ -1,0 +1,98 @@
+"""Lightning Fabric: devices, processes, precision and loggers."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric import Fabric
+from lightning_fabric.loggers.csv_logs import CSVLogger
+from lightning_fabric.loggers.logger import Logger
+from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+
+from fusion_merge.errors import ConfigError
+from fusion_merge.pools.loaders import Placement
+
+logging.getLogger("lightning_fabric.utilities.seed").setLevel(logging.WARNING)
+
+
+def make_fabric(
+    *,
+    devices: int | str | Sequence[int] = 1,
+    accelerator: str = "auto",
+    precision: str | int | None = None,
+    strategy: str = "auto",
+    log_dir: Path | str | None = None,
+) -> Fabric:
+    """Make a Fabric and start its processes.
+
+    Args:
+        devices: how many devices, which ones, or `auto`.
+        accelerator: `cpu`, `cuda`, … or `auto`, which takes what is there.
+        precision: such as `32-true` or `bf16-mixed`; by default full precision.
+        strategy: such as `ddp`; `auto` takes what fits the devices.
+        log_dir: where CSV (and, when installed, TensorBoard) logs go; none are written without it.
+
+    Raises:
+        ConfigError: if the machine does not have what was asked for.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Fabric advises on processors and clusters; the run does not depend on it
+        try:
+            fabric = Fabric(
+                devices=list(devices) if isinstance(devices, Sequence) and not isinstance(devices, str) else devices,
+                accelerator=accelerator,
+                precision=precision,  # type: ignore[arg-type]
+                strategy=strategy,
+                loggers=_loggers(log_dir) if log_dir is not None else None,
+            )
+            fabric.launch()
+        except (ValueError, RuntimeError, TypeError, ImportError) as error:
+            raise ConfigError(
+                f"`fabric` cannot have devices={devices!r}, accelerator={accelerator!r}, precision={precision!r}, "
+                f"strategy={strategy!r} here: {error}"
+            ) from error
+    return fabric
+
+
+def placement_of(fabric: Fabric) -> Placement:
+    """Return where a Fabric puts tensors and which share of the work this process has.
+
+    Args:
+        fabric: the Fabric.
+    """
+    return Placement(fabric.device, fabric.global_rank, fabric.world_size, fabric.autocast)
+
+
+def _loggers(log_dir: Path | str) -> list[Logger]:
+    folder = Path(log_dir)
+    loggers: list[Logger] = [CSVLogger(root_dir=folder, name="", version="", flush_logs_every_n_steps=50)]
+    if find_spec("tensorboard") or find_spec("tensorboardX"):
+        loggers.append(TensorBoardLogger(root_dir=folder, name="", version="tensorboard"))
+    return loggers
+
+
+def log_metrics(fabric: Fabric, metrics: dict[str, Any], step: int) -> None:
+    """Send metrics to the loggers of a Fabric, if it has any.
+
+    Args:
+        fabric: the Fabric.
+        metrics: numbers by name.
+        step: the step they belong to.
+    """
+    if fabric.loggers and fabric.is_global_zero:
+        fabric.log_dict(metrics, step)
+
+
+def finish_logs(fabric: Fabric) -> None:
+    """Write what the loggers still hold.
+
+    Args:
+        fabric: the Fabric.
+    """
+    for logger in fabric.loggers if fabric.is_global_zero else []:
+        logger.finalize("success")

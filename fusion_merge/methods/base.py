@@ -1,0 +1,68 @@
+"""What every method is: options as dataclass fields, and `run`."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from fusion_merge import registry
+from fusion_merge.errors import ConfigError, nearest
+from fusion_merge.models.task_models import TaskModels
+from fusion_merge.options import check_options, option
+from fusion_merge.pools.model_pool import CLIPVisionModelPool
+from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@dataclasses.dataclass(kw_only=True)
+class Method(ABC):
+    """A way to make one model of a pool.
+
+    Subclasses are dataclasses registered with `register_method`; their fields, declared with `option`, are the
+    keywords of the constructor and the keys of the YAML.
+    """
+
+    method_name: ClassVar[str]
+    min_models: ClassVar[int] = 2
+
+    name: str | None = option(None, help="a name of this method; accepted as fusion_bench's configs give one")
+
+    def __post_init__(self) -> None:
+        """Check all options.
+
+        Raises:
+            ConfigError: if one is of the wrong type or out of range.
+        """
+        check_options(self)
+        names = registry.names_of(type(self))
+        if self.name is not None and names and self.name not in names:
+            raise ConfigError(
+                f"`name`={self.name!r} is not a name of `{self.method_name}`; {nearest(self.name, names)}"
+            )
+
+    @abstractmethod
+    def run(
+        self,
+        modelpool: CLIPVisionModelPool,
+        taskpool: CLIPVisionModelTaskPool | None = None,
+        fabric: Fabric | None = None,
+    ) -> nn.Module | TaskModels:
+        """Make one model of the pool; the pool is not changed.
+
+        Args:
+            modelpool: the models.
+            taskpool: the tasks, where a method needs images and the model pool has no datasets of its own.
+            fabric: where to compute; by default a new one on what the machine has.
+
+        Raises:
+            FusionMergeError: if the pool does not fit.
+        """
+
+    def options(self) -> dict[str, Any]:
+        """Return the options as plain values."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init and f.name != "name"}

@@ -1,0 +1,241 @@
+"""What the routed methods share: build, adapt, keep."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from fusion_merge.adaptation.checkpoint import load_routers, save_routers
+from fusion_merge.adaptation.loop import OPTIMIZERS, AdaptationRecord, TaskStream, adapt
+from fusion_merge.adaptation.objectives import OBJECTIVES, make_objective
+from fusion_merge.adaptation.runtime import make_fabric, placement_of
+from fusion_merge.errors import ConfigError
+from fusion_merge.methods.base import Method
+from fusion_merge.models.clip import build_tower, vision_backbone
+from fusion_merge.models.merged import MergedCLIPVisionModel
+from fusion_merge.moe import Experts, Routing, find_mlps, make_router, set_routing, upcycle_mlps
+from fusion_merge.moe.experts import TaskVector
+from fusion_merge.moe.layer import router_parameters
+from fusion_merge.moe.selection import Selection
+from fusion_merge.moe.upcycle import MakeRouter
+from fusion_merge.options import option
+from fusion_merge.pools.loaders import Placement, adaptation_loader, fitting_workers
+from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
+from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
+from fusion_merge.task_vectors import task_arithmetic
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(kw_only=True)
+class MoEMethod(Method):
+    r"""Everything outside the MLPs is merged by task arithmetic; each MLP becomes a routed mixture of experts.
+
+    .. math:: \theta = \theta_0 + \lambda \sum_n \tau_n \ \text{outside the MLPs}, \qquad
+              \min_\phi \sum_n \mathbb{E}_x\, H\big(\operatorname{softmax} z_n(x; \phi)\big)
+
+    A concrete method says which experts and which router a layer gets.
+    """
+
+    router_hidden_layers: int = option(2, help="linear layers of a router", choices=(0, 1, 2), shapes_model=True)
+    init_lambda: float = option(
+        0.3, help="λ: static weight of task vectors and start of coefficients", shapes_model=True
+    )
+    batch_reduce: bool = option(True, help="one merged weight a batch during adaptation, instead of one a sample")
+    inference_batch_reduce: bool = option(False, help="one merged weight a batch after adaptation too")
+    objective: str = option("entropy", help="what adaptation minimises", choices=tuple(OBJECTIVES))
+    optimizer: str = option("adam", help="the optimiser of the routers", choices=tuple(OPTIMIZERS))
+    lr: float = option(1e-4, help="learning rate", above=0.0)
+    max_steps: int = option(1000, help="adaptation steps; each takes one batch of each task", minimum=0)
+    batch_size: int = option(16, help="images of each task a step", minimum=1)
+    use_grad_accumulate: bool = option(True, help="backward after each task: the same gradient in less memory")
+    num_workers: int = option(16, help="the most worker processes a task; sized to the machine", minimum=0)
+    devices: int | str = option(1, help="devices, where no Fabric is given; the command line's are `fabric.devices`")
+    seed: int = option(0, help="of router initialisation and image order", minimum=0)
+    checkpoint: bool | str = option(False, help="path of routers to load instead of adapting")
+    save_checkpoint: bool | str = option(False, help="path to save the adapted routers to")
+    cache_dir: str = option("outputs", help="accepted for fusion_bench's sake; nothing is cached there")
+    fast_dev_run: bool = option(False, help="take a single step, to try things out")
+
+    record: AdaptationRecord | None = dataclasses.field(default=None, init=False, repr=False)
+    """What happened during the last adaptation."""
+
+    def __post_init__(self) -> None:
+        """Check all options."""
+        super().__post_init__()
+        for key in ("checkpoint", "save_checkpoint"):
+            if getattr(self, key) is True:
+                raise ConfigError(f"`{key}`=True says not where; give a path, or false")
+
+    @abstractmethod
+    def make_experts(self, path: str, task_vectors: Sequence[TaskVector]) -> Experts:
+        """Return the bank of one linear layer.
+
+        Args:
+            path: the layer's name, for errors.
+            task_vectors: its N task vectors.
+        """
+
+    def router_maker(self, generator: torch.Generator) -> MakeRouter:
+        """Return what makes the routers of a model, layer after layer; by default each layer has its own.
+
+        Args:
+            generator: where random weights come from.
+        """
+        return lambda index, width, count: make_router(
+            self.router_hidden_layers, width, count, self.init_lambda, hidden=width, generator=generator
+        )
+
+    def make_selection(self) -> Selection | None:
+        """Return how many coefficients take part; by default all."""
+        return None
+
+    def after_adaptation(self, model: MergedCLIPVisionModel) -> None:
+        """Do what is left to do with adapted routers; by default nothing.
+
+        Args:
+            model: the model, changed in place.
+        """
+
+    def check(self, modelpool: CLIPVisionModelPool) -> None:
+        """Check what can be checked before any weight is read; by default nothing.
+
+        Args:
+            modelpool: the pool.
+        """
+
+    def run(
+        self,
+        modelpool: CLIPVisionModelPool,
+        taskpool: CLIPVisionModelTaskPool | None = None,
+        fabric: Fabric | None = None,
+    ) -> MergedCLIPVisionModel:
+        """Build the routed model, adapt its routers (or load them), and return it in eval mode.
+
+        Args:
+            modelpool: the models; not changed.
+            taskpool: the tasks, where the model pool has no `test_datasets`.
+            fabric: where to compute; by default a new one on what the machine has.
+
+        Raises:
+            FusionMergeError: if pool, tasks or checkpoint do not fit.
+        """
+        modelpool.check(self.min_models)
+        self.check(modelpool)
+        fabric = fabric if fabric is not None else make_fabric(devices=self.devices)
+        tasks = self._adaptation_tasks(modelpool, taskpool)
+        model = self.build(modelpool)
+        self.record = None
+        if self.checkpoint:
+            load_routers(str(self.checkpoint), model, self._belongs_to(modelpool))
+        elif tasks is not None:
+            self._adapt(model, modelpool.model_names, tasks, fabric)
+            self.after_adaptation(model)
+        set_routing(model, Routing.BATCH if self.inference_batch_reduce else Routing.SAMPLE)
+        if self.save_checkpoint and fabric.is_global_zero:
+            save_routers(str(self.save_checkpoint), model, self._belongs_to(modelpool))
+            log.info("routers saved to %s", self.save_checkpoint)
+        return model
+
+    def build(self, modelpool: CLIPVisionModelPool) -> MergedCLIPVisionModel:
+        """Build the routed model, its routers not adapted yet.
+
+        Args:
+            modelpool: the models; not changed.
+        """
+        pretrained = modelpool.state(PRETRAINED)
+        finetuned = [modelpool.state(name) for name in modelpool.model_names]
+        merged = build_tower(
+            modelpool.config(),
+            task_arithmetic(pretrained, finetuned, self.init_lambda),
+            where="the static merge",
+        )
+        backbone = vision_backbone(merged)
+        with tqdm(find_mlps(backbone), desc="building experts", unit="layer", disable=None) as bar:
+            tower = upcycle_mlps(
+                backbone,
+                pretrained,
+                finetuned,
+                make_experts=self.make_experts,
+                make_router=self.router_maker(torch.Generator().manual_seed(self.seed)),
+                routing=Routing.BATCH if self.batch_reduce else Routing.SAMPLE,
+                selection=self.make_selection(),
+                task_names=modelpool.model_names,
+                progress=bar.update,
+            )
+        return MergedCLIPVisionModel.from_tower(
+            tower,
+            tasks=modelpool.model_names,
+            method=self.method_name,
+            method_options=self.options(),
+            base_model=modelpool.base_model,
+        )
+
+    def _adaptation_tasks(
+        self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None
+    ) -> CLIPVisionModelTaskPool | None:
+        """Return the tasks to adapt on, their data opened; none if there is nothing to adapt."""
+        if self.checkpoint or self.max_steps == 0:
+            return None
+        tasks = modelpool.task_pool() if modelpool.test_datasets or taskpool is None else taskpool
+        if not isinstance(tasks, CLIPVisionModelTaskPool):
+            raise ConfigError(
+                "adaptation needs images: give the model pool `test_datasets`, or a task pool with tasks, "
+                "or load adapted routers with `checkpoint`"
+            )
+        for name in modelpool.model_names:
+            tasks.task(name)
+        return tasks
+
+    def _adapt(
+        self,
+        model: MergedCLIPVisionModel,
+        names: Sequence[str],
+        tasks: CLIPVisionModelTaskPool,
+        fabric: Fabric,
+    ) -> None:
+        placement = placement_of(fabric)
+        workers = fitting_workers(self.num_workers, len(names))
+        streams = {
+            name: TaskStream(
+                batches=self._batches(tasks, name, index, workers, placement),
+                head=tasks.head(name).to(fabric.device),
+                num_classes=len(tasks.task(name).classnames),
+            )
+            for index, name in enumerate(names)
+        }
+        self.record = adapt(
+            model,
+            router_parameters(model),
+            streams,
+            fabric=fabric,
+            objective=make_objective(self.objective),
+            optimizer=self.optimizer,
+            lr=self.lr,
+            max_steps=1 if self.fast_dev_run else self.max_steps,
+            use_grad_accumulate=self.use_grad_accumulate,
+        )
+
+    def _batches(
+        self, tasks: CLIPVisionModelTaskPool, name: str, index: int, workers: int, placement: Placement
+    ) -> Iterator[Any]:
+        seed = self.seed * 1009 + index
+        return iter(adaptation_loader(tasks.images(name), self.batch_size, seed, workers=workers, placement=placement))
+
+    def _belongs_to(self, modelpool: CLIPVisionModelPool) -> dict[str, Any]:
+        shaping = [f.name for f in dataclasses.fields(self) if f.metadata.get("shapes_model")]
+        return {
+            "method": self.method_name,
+            "options": {name: getattr(self, name) for name in shaping},
+            "tasks": modelpool.model_names,
+            "fingerprints": modelpool.fingerprints(),
+        }

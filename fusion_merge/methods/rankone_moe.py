@@ -1,0 +1,92 @@
+"""RankOne-MoE: each task vector becomes rank-one experts, and one router a layer weighs them all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from fusion_merge.errors import ConfigError
+from fusion_merge.methods.moe_base import MoEMethod
+from fusion_merge.moe import LowRankExperts, SoftTopK, make_router
+from fusion_merge.moe.experts import TaskVector
+from fusion_merge.moe.upcycle import MakeRouter
+from fusion_merge.options import option
+from fusion_merge.pools.model_pool import CLIPVisionModelPool
+from fusion_merge.registry import register_method
+
+
+@final
+@register_method("rankone_moe", aliases=("clip_rankone_moe", "rankone_wemoe", "clip_rankone_wemoe"))
+@dataclass(kw_only=True)
+class RankOneMoEAlgorithm(MoEMethod):
+    r"""Rank-one experts from truncated SVDs of task vectors.
+
+    .. math:: \tau_n \approx \sum_{j \le k} u_{nj} (s_{nj} v_{nj})^\top, \qquad
+              W = W_0 + \sum_{n,j} m(g)_{nj}\, u_{nj} (s_{nj} v_{nj})^\top, \qquad
+              b = b_0 + \lambda \sum_n \beta_n
+
+    One g a layer drives both linear layers of the MLP; biases are static. With full rank, g ≡ λ and no selection
+    the model equals task arithmetic.
+
+    Source: RankOne-MoE (EnnengYang/RankOne-MoE). There `svd_accelerator` is `cuda` and rank -1 crashes; here the
+    device is chosen from what is there and -1 means full rank.
+    """
+
+    router_hidden_layers: int = option(1, help="linear layers of a router", choices=(0, 1, 2), shapes_model=True)
+    rank_k: int = option(32, help="rank-one experts a task, or -1 for full rank", minimum=-1, shapes_model=True)
+    select_k: int = option(
+        -1,
+        help="softly keep the k largest coefficients of a layer, or -1 for all",
+        minimum=-1,
+        shapes_model=True,
+    )
+    svd_accelerator: str = option("auto", help="where to decompose: auto, cpu, cuda, …")
+
+    def check(self, modelpool: CLIPVisionModelPool) -> None:
+        """See `MoEMethod.check`: rank and selection against the width of the tower."""
+        config = modelpool.config()
+        limit = min(config.hidden_size, config.intermediate_size)
+        if self.rank_k == 0 or self.rank_k > limit:
+            raise ConfigError(
+                f"`rank_k`={self.rank_k} is not in 1-{limit}, the possible ranks at `encoder.layers.0.mlp.fc1` "
+                f"({config.intermediate_size} x {config.hidden_size}); choose 1-{limit}, or -1 for full rank"
+            )
+        experts = len(modelpool.model_names) * (limit if self.rank_k == -1 else self.rank_k)
+        if self.select_k == 0 or self.select_k > experts:
+            raise ConfigError(
+                f"`select_k`={self.select_k} is not in 1-{experts}, the number of experts of a layer; "
+                f"choose 1-{experts}, or -1 for all of them"
+            )
+        _svd_device(self.svd_accelerator)
+
+    def make_experts(self, path: str, task_vectors: Sequence[TaskVector]) -> LowRankExperts:
+        """See `MoEMethod.make_experts`."""
+        device = _svd_device(self.svd_accelerator)
+        return LowRankExperts.from_task_vectors(task_vectors, self.rank_k, self.init_lambda, device)
+
+    def router_maker(self, generator: torch.Generator) -> MakeRouter:
+        """See `MoEMethod.router_maker`: between two layers a router is 2·K wide."""
+        return lambda index, width, count: make_router(
+            self.router_hidden_layers, width, count, self.init_lambda, hidden=2 * count, generator=generator
+        )
+
+    def make_selection(self) -> SoftTopK | None:
+        """See `MoEMethod.make_selection`."""
+        return SoftTopK(self.select_k) if self.select_k > 0 else None
+
+
+def _svd_device(accelerator: str) -> torch.device:
+    """Return the device that `svd_accelerator` stands for."""
+    if accelerator == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device("cuda" if accelerator == "gpu" else accelerator)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"`svd_accelerator`={accelerator!r} is not on this machine; choose `auto` or `cpu`"
+        ) from error
+    return device

@@ -1,0 +1,31 @@
+"""WEMoE: whole task vectors as experts, one router a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from fusion_merge.methods.moe_base import MoEMethod
+from fusion_merge.moe import DenseExperts
+from fusion_merge.moe.experts import TaskVector
+from fusion_merge.registry import register_method
+
+
+@final
+@register_method("wemoe", aliases=("weight_ensembling_moe", "clip_weight_ensembling_moe"))
+@dataclass(kw_only=True)
+class WEMoEAlgorithm(MoEMethod):
+    r"""Weight-ensembling mixture of experts.
+
+    .. math:: W = W_0 + \sum_n g_n \tau_n, \qquad b = b_0 + \sum_n g_n \beta_n
+
+    for all four tensors of an MLP, with one g a layer from that layer's own router.
+
+    Source: Tang et al., ICML 2024, arXiv 2402.00433. The reference keeps batch routing after adaptation by
+    accident; here inference is sample-wise unless `inference_batch_reduce`.
+    """
+
+    def make_experts(self, path: str, task_vectors: Sequence[TaskVector]) -> DenseExperts:
+        """See `MoEMethod.make_experts`."""
+        return DenseExperts.from_task_vectors(task_vectors)

@@ -1,0 +1,1 @@
+"""CLIP vision towers: reading them, and the merged model."""

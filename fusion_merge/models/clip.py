@@ -1,0 +1,351 @@
+"""The only file that knows the insides of CLIP and the versions of transformers (4.57 and 5.x).
+
+transformers 4 nests the vision transformer (`CLIPVisionModel.vision_model`), transformers 5 is flat, and files exist
+in both layouts. Here *canonical* names are the flat ones, for example `encoder.layers.0.mlp.fc1.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPVisionConfig, CLIPVisionModel
+from transformers.models.clip.configuration_clip import CLIPConfig
+from transformers.utils import logging as transformers_logging
+
+from fusion_merge.errors import ModelError
+from fusion_merge.files import atomic
+from fusion_merge.task_vectors import State, check_same_shape_tables, shapes_of
+
+_PREFIXES = ("module.", "clip.", "model.", "vision_model.")
+_ROOTS = ("embeddings.class_embedding", "embeddings.patch_embedding.", "embeddings.position_embedding.")
+_PARTS = ("pre_layrnorm.", "encoder.layers.", "post_layernorm.")
+
+
+_TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+
+
+class Tokenizer(Protocol):
+    """What turns prompts into token ids: a Hugging Face tokenizer or processor."""
+
+    def __call__(self, text: list[str], **kwargs: Any) -> Mapping[str, Tensor]:
+        """Tokenize prompts."""
+        ...
+
+
+@dataclass(frozen=True)
+class Processor:
+    """The two halves of a CLIP processor.
+
+    Attributes:
+        image_processor: from images to `pixel_values`.
+        tokenizer: from prompts to token ids.
+    """
+
+    image_processor: Callable[..., Mapping[str, Tensor]]
+    tokenizer: Tokenizer
+
+    def preprocess(self, image: Any) -> Tensor:
+        """Return one preprocessed image.
+
+        Args:
+            image: a PIL image, or an array (height, width, 3) of 0-255.
+
+        Shape:
+            → (3, height, width), the processor's own height and width.
+        """
+        pixels: Tensor = self.image_processor(images=_rgb(image), return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+
+def _rgb(image: Any) -> Any:
+    return image.convert("RGB") if hasattr(image, "convert") else image
+
+
+def canonical_names(names: Iterable[str]) -> dict[str, str]:
+    """Return which name of a checkpoint holds each tensor of the vision tower.
+
+    Args:
+        names: the names in the checkpoint, in any of the layouts; others than the vision tower's are ignored.
+
+    Returns:
+        The checkpoint's name by canonical name.
+
+    Raises:
+        ModelError: if two names stand for one tensor.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        short = _strip(name)
+        if not short.startswith(_ROOTS + _PARTS):
+            continue
+        if short in found:
+            raise ModelError(f"`{found[short]}` and `{name}` are the same tensor of a vision tower")
+        found[short] = name
+    return found
+
+
+def _strip(name: str) -> str:
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in _PREFIXES:
+            if name.startswith(prefix):
+                name, stripped = name.removeprefix(prefix), True
+    return name
+
+
+def vision_config(config: Mapping[str, Any], *, where: str) -> CLIPVisionConfig:
+    """Return the vision tower's configuration from that of a CLIP model or of a tower alone.
+
+    Args:
+        config: the content of a `config.json`.
+        where: where it comes from, for errors.
+
+    Raises:
+        ModelError: if it is not the configuration of a CLIP model.
+    """
+    kind = config.get("model_type")
+    if kind == "clip":
+        both: Any = CLIPConfig.from_dict(dict(config))
+        return both.vision_config
+    if kind == "clip_vision_model":
+        return CLIPVisionConfig.from_dict(dict(config))
+    raise ModelError(
+        f"`model_type` is {kind!r} in the config of {where}; a CLIP model has `clip` or `clip_vision_model`"
+    )
+
+
+def vision_backbone(model: nn.Module) -> nn.Module:
+    """Return the flat vision transformer inside a CLIP model of either layout.
+
+    Args:
+        model: a `CLIPModel`, a `CLIPVisionModel`, or the transformer itself.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    while isinstance(inner := getattr(model, "vision_model", None), nn.Module):
+        model = inner
+    if not hasattr(model, "embeddings") or not hasattr(model, "post_layernorm"):
+        raise ModelError(f"`{type(model).__name__}` is not a CLIP vision model")
+    return model
+
+
+def module_config(model: nn.Module) -> CLIPVisionConfig:
+    """Return the vision configuration of a CLIP module.
+
+    Args:
+        model: a `CLIPModel`, a `CLIPVisionModel`, or the transformer itself.
+    """
+    config = vision_backbone(model).config
+    if not isinstance(config, CLIPVisionConfig):
+        raise ModelError(f"`{type(model).__name__}` carries no CLIPVisionConfig")
+    return config
+
+
+def module_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a module's vision tower under canonical names, detached but not copied.
+
+    Args:
+        model: a `CLIPModel`, a `CLIPVisionModel`, or the transformer itself.
+    """
+    state = vision_backbone(model).state_dict()
+    return {short: state[name].detach() for short, name in canonical_names(state).items()}
+
+
+def empty_tower(config: CLIPVisionConfig) -> CLIPVisionModel:
+    """Make a `CLIPVisionModel` without spending time on random weights; its values are still to be loaded.
+
+    Args:
+        config: its configuration.
+    """
+    with torch.device("meta"):
+        model = CLIPVisionModel(config)
+    model.to_empty(device="cpu")
+    embeddings: Any = vision_backbone(model).embeddings
+    embeddings.position_ids = torch.arange(embeddings.num_positions).expand(1, -1)
+    return model.eval()
+
+
+def expected_shapes(config: CLIPVisionConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a vision tower, without memory for it.
+
+    Args:
+        config: its configuration.
+    """
+    with torch.device("meta"):
+        return shapes_of(module_state(CLIPVisionModel(config)))
+
+
+def build_tower(config: CLIPVisionConfig, state: State, *, where: str) -> CLIPVisionModel:
+    """Make a `CLIPVisionModel` with the given weights; a missing or unexpected one is an error.
+
+    Args:
+        config: its configuration.
+        state: its tensors under canonical names; they are copied.
+        where: what the tower is, for errors.
+
+    Raises:
+        ModelError: if names or shapes do not fit the configuration.
+    """
+    model = empty_tower(config)
+    load_tower_state(model, state, where=where)
+    return model
+
+
+def load_tower_state(model: nn.Module, state: State, *, where: str) -> None:
+    """Copy tensors into a vision tower; a missing or unexpected one is an error.
+
+    Args:
+        model: a `CLIPVisionModel` or the transformer itself.
+        state: its tensors under canonical names.
+        where: what they are, for errors.
+
+    Raises:
+        ModelError: if names or shapes do not fit the model.
+    """
+    own = module_state(model)
+    check_same_shape_tables(shapes_of(own), shapes_of(state), where=where)
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+
+
+def save_tower(model: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Save a vision tower so that transformers 4.57 and 5.x both read it as a `CLIPVisionModel`.
+
+    Args:
+        model: a `CLIPVisionModel` or the transformer itself.
+        folder: where `config.json` and `model.safetensors` go; it is made.
+        dtype: what to store; by default as the model is.
+    """
+    config = CLIPVisionConfig.from_dict(module_config(model).to_dict())
+    config.architectures = ["CLIPVisionModel"]
+    tensors = {f"vision_model.{n}": t.to("cpu", dtype).contiguous() for n, t in module_state(model).items()}
+    with atomic(folder / "model.safetensors") as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+    with atomic(folder / "config.json") as path:
+        path.write_text(config.to_json_string(use_diff=True), encoding="utf-8")
+
+
+def pooled_output(output: Any) -> Tensor:
+    """Return the pooled output of a vision tower: an object in every version, a tuple if asked for.
+
+    Args:
+        output: what the tower returned.
+
+    Shape:
+        → (B, D).
+    """
+    if isinstance(output, Tensor):
+        return output
+    pooled: Tensor = output[1] if isinstance(output, tuple) else output.pooler_output
+    return pooled
+
+
+@torch.no_grad()
+def text_embeddings(model: CLIPModel, tokenizer: Tokenizer, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
+    """Embed prompts with the text tower, each of unit length.
+
+    Args:
+        model: a CLIP model with its text tower.
+        tokenizer: its tokenizer or processor.
+        prompts: the texts; longer ones than the tower takes are cut.
+        batch_size: how many are embedded at a time.
+
+    Shape:
+        → (number of prompts, P), P the width of the common space.
+    """
+    device = model.text_projection.weight.device
+    config: Any = model.config
+    limit = config.text_config.max_position_embeddings
+    chunks = []
+    for start in range(0, len(prompts), batch_size):
+        batch = list(prompts[start : start + batch_size])
+        tokens = tokenizer(text=batch, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        output = model.text_model(
+            input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device)
+        )
+        chunks.append(F.normalize(model.text_projection(pooled_output(output)), dim=-1))  # (batch, P)
+    return torch.cat(chunks)  # (number of prompts, P)
+
+
+def load_clip(path: str, *, where: str, **hub_options: Any) -> CLIPModel:
+    """Load a whole CLIP model, text tower included, in float32.
+
+    Args:
+        path: a folder or a hub id.
+        where: what it is, for errors.
+        **hub_options: `revision` and the like.
+
+    Raises:
+        ModelError: if it cannot be read, or is not a whole CLIP model.
+    """
+    try:
+        with _no_progress():
+            loaded: Any = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **hub_options)
+        model, info = loaded
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"cannot read {where} as a CLIP model: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{where} lacks `{missing[0]}` and {len(missing) - 1} more tensors of a whole CLIP model; "
+            "give a checkpoint with its text tower"
+        )
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _no_progress() -> Iterator[None]:
+    """Keep transformers from drawing a progress bar of its own."""
+    drawn = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            transformers_logging.enable_progress_bar()
+
+
+def load_processor(path: str, *, where: str, **hub_options: Any) -> Processor:
+    """Load a CLIP processor; images go through PIL, as the published figures did.
+
+    Args:
+        path: a folder or a hub id.
+        where: what it is, for errors.
+        **hub_options: `revision` and the like.
+
+    Raises:
+        ModelError: if it cannot be read.
+    """
+    backend = {"backend": "pil"} if _TRANSFORMERS_5 else {"use_fast": False}
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(path, **backend, **hub_options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **hub_options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read a CLIP processor from {where}: {error}") from error
+    return Processor(image_processor, tokenizer)
+
+
+def split_processor(processor: Any) -> Processor:
+    """Return the halves of a processor object.
+
+    Args:
+        processor: a `CLIPProcessor`, or a `Processor`.
+
+    Raises:
+        ModelError: if it is neither.
+    """
+    if isinstance(processor, Processor):
+        return processor
+    if hasattr(processor, "image_processor") and hasattr(processor, "tokenizer"):
+        return Processor(processor.image_processor, processor.tokenizer)
+    raise ModelError(f"`processor` is a {type(processor).__name__}; give a CLIPProcessor, a folder or a hub id")

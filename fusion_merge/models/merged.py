@@ -1,0 +1,254 @@
+"""The merged model: a CLIP vision tower whose MLPs are routed, self-contained on disk."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, CLIPVisionModel, PretrainedConfig, PreTrainedModel
+
+from fusion_merge.errors import CheckpointError, ConfigError, FusionMergeError
+from fusion_merge.models.clip import empty_tower, module_config, vision_backbone, vision_config
+from fusion_merge.models.sources import LazyState, find_files
+from fusion_merge.moe.layer import empty_moe_mlp, moe_layers, router_parameters
+from fusion_merge.moe.router import LayerEncodedRouter, Router
+from fusion_merge.moe.upcycle import find_mlps
+
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+
+
+class MergedCLIPVisionConfig(PretrainedConfig):
+    """What a merged model is made of.
+
+    Args:
+        vision_config: the configuration of the CLIP vision tower, as plain values.
+        moe: for each routed MLP, by name, what `MoEMLP.spec` returned.
+        shared_router: whether all routed MLPs share one router.
+        tasks: the tasks that were merged, in the order of their experts.
+        method: the name of the method.
+        method_options: its options, as plain values.
+        base_model: where the pretrained model came from.
+        **kwargs: whatever else a configuration may carry.
+    """
+
+    model_type = "fusion_merge_clip_vision"
+
+    def __init__(
+        self,
+        vision_config: dict[str, Any] | None = None,
+        moe: dict[str, dict[str, Any]] | None = None,
+        shared_router: bool = False,
+        tasks: list[str] | None = None,
+        method: str = "",
+        method_options: dict[str, Any] | None = None,
+        base_model: str = "",
+        **kwargs: Any,
+    ) -> None:
+        self.vision_config = dict(vision_config or {"model_type": "clip_vision_model"})
+        self.moe = dict(moe or {})
+        self.shared_router = shared_router
+        self.tasks = list(tasks or [])
+        self.method = method
+        self.method_options = dict(method_options or {})
+        self.base_model = base_model
+        super().__init__(**kwargs)
+
+
+class MergedCLIPVisionModel(PreTrainedModel):
+    """A CLIP vision tower with routed MLPs, called like `transformers.CLIPVisionModel`.
+
+    `save_pretrained` writes everything (base, experts, routers) and `from_pretrained` reads it back bit for bit,
+    without the pool it was made from. Only routers require gradients.
+
+    Args:
+        config: what the model is made of.
+        vision_model: the upcycled tower to wrap; by default one is made from `config`, with random weights.
+    """
+
+    config_class = MergedCLIPVisionConfig
+    config: MergedCLIPVisionConfig
+    base_model_prefix = "merged"
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+    _no_split_modules = ["CLIPEncoderLayer"]  # noqa: RUF012 (as transformers declares it)
+
+    def __init__(self, config: MergedCLIPVisionConfig, vision_model: nn.Module | None = None) -> None:
+        super().__init__(config)
+        if vision_model is None:
+            vision_model = CLIPVisionModel(vision_config(config.vision_config, where="the merged model"))
+            _install_empty_layers(vision_model, config)
+        self.vision_model = vision_backbone(vision_model).requires_grad_(False)
+        if config.moe:
+            for parameter in router_parameters(self.vision_model):
+                parameter.requires_grad_(True)
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Leave weights alone: they come from the tower, or from a file; transformers would draw them anew."""
+
+    @classmethod
+    def from_tower(
+        cls,
+        tower: nn.Module,
+        *,
+        tasks: list[str],
+        method: str,
+        method_options: dict[str, Any],
+        base_model: str,
+    ) -> MergedCLIPVisionModel:
+        """Wrap an upcycled tower.
+
+        Args:
+            tower: the tower, its MLPs routed; it becomes part of the result.
+            tasks: the tasks that were merged, in the order of their experts.
+            method: the name of the method.
+            method_options: its options, as plain values.
+            base_model: where the pretrained model came from.
+        """
+        layers = moe_layers(vision_backbone(tower))
+        routers = {id(_inner(layer.router)) for layer in layers.values()}
+        config = MergedCLIPVisionConfig(
+            vision_config=_plain_config(tower),
+            moe={name: layer.spec() for name, layer in layers.items()},
+            shared_router=len(routers) == 1 and len(layers) > 1,
+            tasks=tasks,
+            method=method,
+            method_options=method_options,
+            base_model=base_model,
+        )
+        return cls(config, tower).eval()
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        """Return what the vision tower returns, `pooler_output` (B, D) included.
+
+        Args:
+            pixel_values: images.
+            **kwargs: what `CLIPVisionModel.forward` takes besides.
+
+        Shape:
+            pixel_values (B, 3, height, width).
+        """
+        return self.vision_model(pixel_values=pixel_values, **kwargs)
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Return every tensor of the model once: a shared router's under its first layer."""
+        once = {name for name, _ in self.named_parameters()} | {name for name, _ in self.named_buffers()}
+        return {name: tensor for name, tensor in self.state_dict().items() if name in once}
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the model whole or not at all: `config.json` and safetensors.
+
+        Args:
+            save_directory: the folder; it is made.
+            **kwargs: `max_shard_size`, `is_main_process` and `push_to_hub` mean what they mean in transformers.
+
+        Raises:
+            FusionMergeError: if the folder cannot be written.
+        """
+        if not kwargs.get("is_main_process", True):
+            return
+        if not kwargs.get("safe_serialization", True):
+            raise ConfigError("`safe_serialization`=False is not possible: only safetensors are written")
+        folder = Path(save_directory).expanduser()
+        for name, layer in moe_layers(self.vision_model).items():
+            self.config.moe[name] = layer.spec()  # the routing may have been changed
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+                state = {name: t.detach().to("cpu").contiguous() for name, t in self.own_state().items()}
+                save_torch_state_dict(state, temporary, max_shard_size=kwargs.get("max_shard_size", "5GB"))
+                self.config.architectures = [type(self).__name__]
+                self.config.save_pretrained(temporary)
+                for stale in folder.glob("model*.safetensors*"):
+                    stale.unlink()
+                for file in sorted(Path(temporary).iterdir()):
+                    shutil.move(file, folder / file.name)
+        except OSError as error:
+            raise FusionMergeError(f"cannot write `{folder}`: {error.strerror or error}") from error
+        if kwargs.get("push_to_hub"):
+            self.push_to_hub(kwargs.get("repo_id", folder.name))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, *_: Any, config: Any = None, **kwargs: Any
+    ) -> MergedCLIPVisionModel:
+        """Read a model that `save_pretrained` wrote; a missing or unexpected tensor is an error.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a hub id such as `owner/name@revision`.
+            config: the configuration, if it was read already.
+            **kwargs: `dtype` converts floating-point tensors; `revision` names a version on the hub.
+
+        Raises:
+            CheckpointError: if the files do not hold exactly the tensors of the model.
+        """
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        revision = kwargs.pop("revision", None)
+        for name in _HUB_OPTIONS:
+            kwargs.pop(name, None)
+        kwargs = {k: v for k, v in kwargs.items() if not k.startswith("_") and k not in {"trust_remote_code"}}
+        if kwargs:
+            raise ConfigError(f"`{next(iter(kwargs))}` is not an option of {cls.__name__}.from_pretrained")
+        source = f"{pretrained_model_name_or_path}" + (f"@{revision}" if revision else "")
+        files = find_files(source)
+        if files.config.get("model_type") != MergedCLIPVisionConfig.model_type:
+            raise CheckpointError(
+                f"`{source}` holds a model of type {files.config.get('model_type')!r}, not a merged one; "
+                "read it with transformers.AutoModel"
+            )
+        own_config = config if isinstance(config, MergedCLIPVisionConfig) else None
+        own_config = own_config or MergedCLIPVisionConfig.from_dict(files.config)
+        tower = empty_tower(vision_config(own_config.vision_config, where=source))
+        _install_empty_layers(tower, own_config)
+        model = cls(own_config, tower)
+        _load_exactly(model, LazyState(files.weights, lambda names: {n: n for n in names}, None), source)
+        if isinstance(dtype, torch.dtype):
+            nn.Module.to(model, dtype)
+        return model.eval()
+
+
+def _load_exactly(model: MergedCLIPVisionModel, state: LazyState, source: str) -> None:
+    own = model.own_state()
+    for problem, names in (
+        ("lacks", own.keys() - state.keys()),
+        ("holds, unexpectedly,", state.keys() - own.keys()),
+    ):
+        if names:
+            raise CheckpointError(f"`{source}` {problem} `{min(names)}` and {len(names) - 1} more tensors")
+    for name, tensor in own.items():
+        if state.shapes[name] != tuple(tensor.shape):
+            raise CheckpointError(f"`{source}` has `{name}` of shape {state.shapes[name]}, not {tuple(tensor.shape)}")
+    model.load_state_dict(dict(state), strict=False, assign=True)
+
+
+def _install_empty_layers(tower: nn.Module, config: MergedCLIPVisionConfig) -> None:
+    backbone = vision_backbone(tower)
+    mlps = find_mlps(backbone) if config.moe else {}
+    shared: Router | None = None
+    for name, spec in config.moe.items():
+        if name not in mlps:
+            raise CheckpointError(f"the configuration routes `{name}`, which is not an MLP of the vision tower")
+        layer = empty_moe_mlp(spec, mlps[name], shared)
+        backbone.set_submodule(name, layer)
+        if config.shared_router:
+            shared = _inner(layer.router)
+
+
+def _inner(router: Router) -> Router:
+    return router.shared if isinstance(router, LayerEncodedRouter) else router
+
+
+def _plain_config(tower: nn.Module) -> dict[str, Any]:
+    config = module_config(tower).to_dict()
+    for volatile in ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"):
+        config.pop(volatile, None)
+    return config
+
+
+AutoConfig.register(MergedCLIPVisionConfig.model_type, MergedCLIPVisionConfig, exist_ok=True)
+AutoModel.register(MergedCLIPVisionConfig, MergedCLIPVisionModel, exist_ok=True)

@@ -1,0 +1,195 @@
+"""Where models come from: folders, files, hub ids and the embedded zoo, read lazily, headers first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils.hub import cached_file
+
+from fusion_merge import zoo
+from fusion_merge.errors import ModelError
+
+_HUB_ID = re.compile(r"^(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?$")
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of one model: where it is, its configuration, and its weight files."""
+
+    origin: str
+    config: dict[str, Any]
+    weights: tuple[Path, ...]
+
+
+def split_source(source: str) -> tuple[str, str | None]:
+    """Return what transformers calls a path or hub id, and the revision if one is named.
+
+    Args:
+        source: a folder, a file, `zoo://POOL/NAME`, or a hub id such as `openai/clip-vit-base-patch32@main`.
+
+    Raises:
+        ModelError: if it is a path that does not exist, or neither a path nor a hub id.
+    """
+    if source.startswith(zoo.SCHEME):
+        return str(zoo.path(source)), None
+    local = Path(source).expanduser()
+    if local.exists():
+        return str(local), None
+    match = _HUB_ID.match(source)
+    if match is None or source.startswith((".", "~")) or local.suffix in {".safetensors", ".bin", ".pt", ".pth"}:
+        raise ModelError(f"`{source}` does not exist; give a folder, a file, or a hub id such as owner/name@revision")
+    return match["id"], match["revision"]
+
+
+def find_files(source: str) -> ModelFiles:
+    """Find the configuration and the weight files of a model.
+
+    Args:
+        source: as in `split_source`.
+
+    Raises:
+        ModelError: if something is missing; the message names it.
+    """
+    path, revision = split_source(source)
+    if Path(path).is_file():
+        fetch = _local_fetch(Path(path).parent)
+        weights: tuple[Path, ...] = (Path(path),)
+    else:
+        fetch = _local_fetch(Path(path)) if Path(path).is_dir() else _hub_fetch(path, revision)
+        weights = _weight_files(source, fetch)
+    config_file = fetch("config.json")
+    if config_file is None:
+        raise ModelError(f"`{source}` has no `config.json`; it is needed to know the model's shape")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read `{config_file}`: {error}") from error
+    return ModelFiles(source, config, weights)
+
+
+def _local_fetch(folder: Path) -> Callable[[str], Path | None]:
+    return lambda name: folder / name if (folder / name).is_file() else None
+
+
+def _hub_fetch(hub_id: str, revision: str | None) -> Callable[[str], Path | None]:
+    def fetch(name: str) -> Path | None:
+        try:
+            found = cached_file(hub_id, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"`{hub_id}` is not a folder here and cannot be had from the hub: {str(error).splitlines()[0]}"
+            ) from error
+        return Path(found) if found else None
+
+    return fetch
+
+
+def _weight_files(source: str, fetch: Callable[[str], Path | None]) -> tuple[Path, ...]:
+    for name in _WEIGHT_FILES:
+        file = fetch(name)
+        if file is None:
+            continue
+        if not name.endswith(".index.json"):
+            return (file,)
+        shards = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = tuple(fetch(shard) for shard in shards)
+        if None in files:
+            raise ModelError(f"`{source}` lacks `{shards[files.index(None)]}`, which `{name}` names")
+        return tuple(f for f in files if f is not None)
+    raise ModelError(f"`{source}` has no weights; looked for {', '.join(_WEIGHT_FILES)}")
+
+
+class LazyState(Mapping[str, Tensor]):
+    """A state whose tensors are read from files when they are asked for, one at a time.
+
+    Args:
+        files: the weight files: safetensors, or torch files that hold nothing but tensors.
+        names: which names to take, as a function from the files' names to a table of own name → file's name.
+        dtype: what floating-point tensors are converted to; None leaves them as they are stored.
+
+    Raises:
+        ModelError: if a file cannot be read.
+    """
+
+    def __init__(
+        self,
+        files: tuple[Path, ...],
+        names: Callable[[list[str]], dict[str, str]],
+        dtype: torch.dtype | None = torch.float32,
+    ) -> None:
+        self._dtype = dtype
+        self._readers = {key: reader for file in files for key, reader in _open(file).items()}
+        self._names = names(list(self._readers))
+        self.shapes = {name: self._readers[key].shape for name, key in self._names.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._readers[self._names[name]].read()
+        return tensor.to(self._dtype) if self._dtype is not None and tensor.is_floating_point() else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+def _open(file: Path) -> dict[str, _Reader]:
+    try:
+        return _open_safetensors(file) if file.suffix == ".safetensors" else _open_torch(file)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise ModelError(f"cannot read weights from `{file}`: {str(error).splitlines()[0]}") from error
+
+
+def _open_safetensors(file: Path) -> dict[str, _Reader]:
+    handle = safe_open(file, framework="pt", device="cpu")
+    keys = list(handle.keys())
+    return {key: _Reader(tuple(handle.get_slice(key).get_shape()), partial(handle.get_tensor, key)) for key in keys}
+
+
+def _open_torch(file: Path) -> dict[str, _Reader]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # the unpickler raises its own kinds for anything but plain tensors
+        raise ModelError(f"`{file}` is not a torch file of plain tensors: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ModelError(f"`{file}` does not hold a state dict of tensors")
+    return {key: _Reader(tuple(tensor.shape), tensor.clone) for key, tensor in state.items()}
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Return a short name for the content of a state: its names, shapes, and the first row of each tensor.
+
+    Two models that differ in a whole tensor differ here, whatever file format or key layout they came in.
+
+    Args:
+        state: the state; rows are read in float32.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name]
+        row = tensor.flatten()[: tensor.shape[-1] if tensor.ndim else 1].to(torch.float32).contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(row.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,42 @@
+"""The mixture-of-experts family: expert banks, routers, selections, layers and upcycling.
+
+Nothing here knows of CLIP, Hydra or Lightning. Shapes are written with B batch, T tokens, I/O in/out features,
+N tasks, R rank, D router input width and K merging coefficients (K = N for dense and sparse banks, N·R for low rank).
+"""
+
+from fusion_merge.moe.experts import DenseExperts, Experts, LinearDelta, LowRankExperts, SparseExperts
+from fusion_merge.moe.layer import MoELinear, MoEMLP, Routing, moe_layers, record_coefficients, set_routing
+from fusion_merge.moe.router import (
+    ConstantRouter,
+    LayerEncodedRouter,
+    LinearRouter,
+    MLPRouter,
+    Router,
+    make_router,
+)
+from fusion_merge.moe.selection import SelectAll, SoftTopK
+from fusion_merge.moe.upcycle import find_mlps, upcycle_mlps
+
+__all__ = [
+    "ConstantRouter",
+    "DenseExperts",
+    "Experts",
+    "LayerEncodedRouter",
+    "LinearDelta",
+    "LinearRouter",
+    "LowRankExperts",
+    "MLPRouter",
+    "MoELinear",
+    "MoEMLP",
+    "Router",
+    "Routing",
+    "SelectAll",
+    "SoftTopK",
+    "SparseExperts",
+    "find_mlps",
+    "make_router",
+    "moe_layers",
+    "record_coefficients",
+    "set_routing",
+    "upcycle_mlps",
+]

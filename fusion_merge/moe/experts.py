@@ -1,0 +1,300 @@
+"""Expert banks: what is added to one frozen linear layer, as a function of the merging coefficients."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusion_merge.errors import ConfigError
+from fusion_merge.task_vectors import magnitude_prune, truncated_svd
+
+
+class LinearDelta(NamedTuple):
+    """What a bank adds to a linear layer: `weight` of shape (B, O, I) and `bias` of shape (B, O)."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class TaskVector(NamedTuple):
+    """The task vector of one linear layer: `weight` of shape (O, I) and `bias` of shape (O,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class Experts(nn.Module, ABC):
+    """What is added to one frozen linear layer.
+
+    `forward` equals applying `delta` to rounding; `delta` is the slow, obvious definition.
+    """
+
+    num_coefficients: int
+
+    @abstractmethod
+    def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
+        """Return the output of the base layer with the experts added.
+
+        Args:
+            x: the layer's input.
+            coefficients: one row of merging coefficients a sample, or a single row for the whole batch.
+            base: the frozen linear layer.
+
+        Shape:
+            x (B, T, I), coefficients (B, K) or (1, K) → (B, T, O).
+        """
+
+    @abstractmethod
+    def delta(self, coefficients: Tensor) -> LinearDelta:
+        """Return what is added to the base layer's weight and bias.
+
+        Args:
+            coefficients: the merging coefficients.
+
+        Shape:
+            coefficients (B, K) → weight (B, O, I), bias (B, O).
+        """
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """Return what `empty_experts` needs to make a bank of the same shapes, as plain JSON values."""
+
+
+@final
+class DenseExperts(Experts):
+    r"""Whole task vectors, one coefficient each.
+
+    .. math:: W = W_0 + \sum_n g_n \tau_n, \qquad b = b_0 + \sum_n g_n \beta_n
+
+    Args:
+        weight: the weights' task vectors.
+        bias: the biases' task vectors.
+
+    Shape:
+        weight (N, O, I), bias (N, O); K = N.
+
+    Source: WEMoE, arXiv 2402.00433, eq. 4.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.num_coefficients = weight.shape[0]
+
+    @classmethod
+    def from_task_vectors(cls, task_vectors: Sequence[TaskVector]) -> DenseExperts:
+        """Make the bank from one task vector a task.
+
+        Args:
+            task_vectors: N task vectors of the layer.
+        """
+        return cls(torch.stack([t.weight for t in task_vectors]), torch.stack([t.bias for t in task_vectors]))
+
+    def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
+        """See `Experts.forward`: all merged weights of the batch are built in one product."""
+        return _merged_linear(x, coefficients, base, self.weight, self.bias)
+
+    def delta(self, coefficients: Tensor) -> LinearDelta:
+        """See `Experts.delta`."""
+        return _dense_delta(coefficients, self.weight, self.bias)
+
+    def spec(self) -> dict[str, Any]:
+        """See `Experts.spec`."""
+        return {"kind": "dense", "num_tasks": self.num_coefficients}
+
+
+@final
+class SparseExperts(Experts):
+    r"""Task vectors pruned by magnitude, one coefficient each: stored compressed, computed dense.
+
+    .. math:: W = W_0 + \sum_n g_n \,(\tau_n \odot M_n), \qquad b = b_0 + \sum_n g_n \,(\beta_n \odot m_n)
+
+    Weights are kept in compressed rows (value, 16-bit column, 32-bit row pointer): 6 bytes for each entry that
+    survives instead of 4 for each entry, so 90 % pruning takes about 15 % of the dense bank. Biases are short and
+    kept as they are, zeros included.
+
+    Args:
+        values: the surviving entries of all task vectors, row after row, task after task.
+        columns: the column of each of them.
+        row_pointers: where each row begins in `values`, and the end.
+        bias: the pruned biases.
+        in_features: I, at most 32,767.
+
+    Shape:
+        values (S,), columns (S,) int16, row_pointers (N·O + 1,) int32, bias (N, O); K = N.
+
+    Source: E-WEMoE, arXiv 2410.21804. The reference stores the zeros; this bank does not.
+    """
+
+    columns: Tensor
+    row_pointers: Tensor
+
+    def __init__(self, values: Tensor, columns: Tensor, row_pointers: Tensor, bias: Tensor, in_features: int) -> None:
+        super().__init__()
+        if in_features > torch.iinfo(torch.int16).max:
+            raise ConfigError(f"`in_features`={in_features} is above 32767, the widest layer of a sparse bank")
+        self.values = nn.Parameter(values, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.register_buffer("columns", columns)
+        self.register_buffer("row_pointers", row_pointers)
+        self.in_features = in_features
+        self.num_coefficients = bias.shape[0]
+
+    @classmethod
+    def from_task_vectors(cls, task_vectors: Sequence[TaskVector], prune_ratio: float) -> SparseExperts:
+        """Prune each tensor of each task vector by itself and make the bank.
+
+        Args:
+            task_vectors: N task vectors of the layer.
+            prune_ratio: the share of each tensor to drop, in [0, 1).
+        """
+        pruned = torch.stack([magnitude_prune(t.weight, prune_ratio) for t in task_vectors])  # (N, O, I)
+        bias = torch.stack([magnitude_prune(t.bias, prune_ratio) for t in task_vectors])  # (N, O)
+        rows = pruned.flatten(0, 1)  # (N·O, I)
+        kept = rows != 0
+        counts = kept.sum(dim=1).cumsum(dim=0)  # (N·O,)
+        pointers = torch.cat([counts.new_zeros(1), counts])  # (N·O + 1,)
+        columns = kept.nonzero()[:, 1]  # (S,)
+        return cls(rows[kept], columns.to(torch.int16), pointers.to(torch.int32), bias, rows.shape[1])
+
+    def expand(self) -> Tensor:
+        """Return the pruned task vectors as a dense tensor.
+
+        Shape:
+            → (N, O, I).
+        """
+        num_tasks, out_features = self.bias.shape
+        counts = self.row_pointers.diff().long()  # (N·O,)
+        row_starts = torch.arange(counts.numel(), device=counts.device) * self.in_features  # (N·O,)
+        positions = row_starts.repeat_interleave(counts) + self.columns.long()  # (S,)
+        dense = self.values.new_zeros(num_tasks * out_features * self.in_features)  # (N·O·I,)
+        dense[positions] = self.values
+        return dense.view(num_tasks, out_features, self.in_features)
+
+    def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
+        """See `Experts.forward`."""
+        return _merged_linear(x, coefficients, base, self.expand(), self.bias)
+
+    def delta(self, coefficients: Tensor) -> LinearDelta:
+        """See `Experts.delta`."""
+        return _dense_delta(coefficients, self.expand(), self.bias)
+
+    def spec(self) -> dict[str, Any]:
+        """See `Experts.spec`."""
+        return {"kind": "sparse", "num_tasks": self.num_coefficients, "num_values": self.values.numel()}
+
+
+@final
+class LowRankExperts(Experts):
+    r"""Rank-one experts, one coefficient each; the biases are static.
+
+    .. math:: W = W_0 + \sum_{n,j} g_{nj}\, u_{nj} (s_{nj} v_{nj})^\top, \qquad b = b_0 + \lambda \sum_n \beta_n
+
+    No merged weight is ever built: :math:`y = x W_0^\top + ((x V^\top) \odot g)\, U^\top + b`.
+
+    Args:
+        left: U, the left singular vectors of all tasks, task after task, by descending singular value.
+        right: V, the right singular vectors scaled by their singular values, in the same order.
+        bias: the biases' task vectors.
+        bias_scaling: λ, the static weight of every bias.
+
+    Shape:
+        left (O, K), right (K, I), bias (N, O); K = N·R.
+
+    Source: RankOne-MoE (EnnengYang/RankOne-MoE).
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, bias: Tensor, bias_scaling: float) -> None:
+        super().__init__()
+        self.left = nn.Parameter(left, requires_grad=False)
+        self.right = nn.Parameter(right, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.bias_scaling = bias_scaling
+        self.num_coefficients = right.shape[0]
+
+    @classmethod
+    def from_task_vectors(
+        cls,
+        task_vectors: Sequence[TaskVector],
+        rank: int,
+        bias_scaling: float,
+        device: torch.device | str | None = None,
+    ) -> LowRankExperts:
+        """Decompose each task vector by truncated SVD and make the bank.
+
+        Args:
+            task_vectors: N task vectors of the layer.
+            rank: R, the rank-one experts a task, in 1…min(O, I), or -1 for full rank.
+            bias_scaling: λ, the static weight of every bias.
+            device: where to decompose.
+        """
+        factors = [truncated_svd(t.weight, rank, device) for t in task_vectors]
+        left = torch.cat([u for u, _ in factors], dim=1)  # (O, N·R)
+        right = torch.cat([v for _, v in factors], dim=0)  # (N·R, I)
+        return cls(left, right, torch.stack([t.bias for t in task_vectors]), bias_scaling)
+
+    def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
+        """See `Experts.forward`: three products, whatever the number of samples."""
+        hidden = F.linear(x, self.right) * coefficients.unsqueeze(1)  # (B, T, K)
+        return F.linear(x, base.weight, base.bias + self._bias_delta()) + F.linear(hidden, self.left)  # (B, T, O)
+
+    def delta(self, coefficients: Tensor) -> LinearDelta:
+        """See `Experts.delta`."""
+        weight = torch.einsum("ok,bk,ki->boi", self.left, coefficients, self.right)  # (B, O, I)
+        return LinearDelta(weight, self._bias_delta().expand(coefficients.shape[0], -1))  # (B, O)
+
+    def spec(self) -> dict[str, Any]:
+        """See `Experts.spec`."""
+        num_tasks = self.bias.shape[0]
+        rank = self.num_coefficients // num_tasks
+        return {"kind": "low_rank", "num_tasks": num_tasks, "rank": rank, "bias_scaling": self.bias_scaling}
+
+    def _bias_delta(self) -> Tensor:
+        return self.bias_scaling * self.bias.sum(dim=0)  # (O,)
+
+
+def empty_experts(spec: dict[str, Any], in_features: int, out_features: int) -> Experts:
+    """Make a bank with the shapes that a spec describes and values that are still to be loaded.
+
+    Args:
+        spec: what `Experts.spec` returned.
+        in_features: I.
+        out_features: O.
+
+    Raises:
+        ConfigError: if the kind of bank is unknown.
+    """
+    kind, num_tasks = spec["kind"], spec["num_tasks"]
+    bias = torch.zeros(num_tasks, out_features)
+    if kind == "dense":
+        return DenseExperts(torch.zeros(num_tasks, out_features, in_features), bias)
+    if kind == "sparse":
+        values = torch.zeros(spec["num_values"])
+        columns = torch.zeros(spec["num_values"], dtype=torch.int16)
+        pointers = torch.zeros(num_tasks * out_features + 1, dtype=torch.int32)
+        return SparseExperts(values, columns, pointers, bias, in_features)
+    if kind == "low_rank":
+        size = num_tasks * spec["rank"]
+        left, right = torch.zeros(out_features, size), torch.zeros(size, in_features)
+        return LowRankExperts(left, right, bias, spec["bias_scaling"])
+    raise ConfigError(f"expert bank of kind `{kind}` is unknown; known are dense, sparse and low_rank")
+
+
+def _merged_linear(x: Tensor, coefficients: Tensor, base: nn.Linear, weight: Tensor, bias: Tensor) -> Tensor:
+    """Merge the weights of every sample (or of the batch) in one product, then apply them in one batched one."""
+    merged_bias = torch.addmm(base.bias.unsqueeze(0), coefficients, bias)  # (B, O) or (1, O)
+    merged = torch.addmm(base.weight.flatten().unsqueeze(0), coefficients, weight.flatten(1))  # (B, O·I) or (1, O·I)
+    merged = merged.view(-1, *base.weight.shape)  # (B, O, I) or (1, O, I)
+    if merged.shape[0] == 1:
+        return F.linear(x, merged[0], merged_bias[0])  # (B, T, O)
+    return torch.baddbmm(merged_bias.unsqueeze(1), x, merged.transpose(1, 2))  # (B, T, O)
+
+
+def _dense_delta(coefficients: Tensor, weight: Tensor, bias: Tensor) -> LinearDelta:
+    return LinearDelta(torch.einsum("bn,noi->boi", coefficients, weight), coefficients @ bias)

@@ -1,0 +1,251 @@
+"""The routed layers: a linear layer with experts, and the MLP that one router drives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from fusion_merge.errors import ConfigError, ModelError
+from fusion_merge.moe.experts import Experts, empty_experts
+from fusion_merge.moe.router import LayerEncodedRouter, Router, empty_router
+from fusion_merge.moe.selection import SelectAll, Selection, empty_selection
+
+
+class Routing(StrEnum):
+    """What a router's output is averaged over.
+
+    SAMPLE: over the tokens of each sample, so that each sample has its own merged weights and its output does not
+    depend on its batch mates. BATCH: over the samples too, so that the whole batch shares one merged weight.
+    """
+
+    SAMPLE = "sample"
+    BATCH = "batch"
+
+
+@final
+class MoELinear(nn.Module):
+    """A frozen linear layer and what its experts add to it.
+
+    Args:
+        base: the pretrained layer, with a bias; its parameters are frozen.
+        experts: the bank.
+
+    Raises:
+        ModelError: if the layer has no bias.
+    """
+
+    def __init__(self, base: nn.Linear, experts: Experts) -> None:
+        super().__init__()
+        if base.bias is None:
+            raise ModelError("a linear layer without a bias cannot be upcycled")
+        self.base = base.requires_grad_(False)
+        self.experts = experts
+
+    def forward(self, x: Tensor, coefficients: Tensor) -> Tensor:
+        """Return the output under the given merging coefficients.
+
+        Args:
+            x: the layer's input.
+            coefficients: one row a sample, or a single row for the whole batch.
+
+        Shape:
+            x (B, T, I), coefficients (B, K) or (1, K) → (B, T, O).
+        """
+        output: Tensor = self.experts(x, coefficients, self.base)
+        return output
+
+
+@final
+class MoEMLP(nn.Module):
+    r"""A transformer MLP whose two linear layers are driven by one router.
+
+    .. math:: g = m\big(\operatorname{mean}_{\text{tokens}[,\text{batch}]} r(x)\big), \qquad
+              y = \mathrm{fc}_2\big(\phi(\mathrm{fc}_1(x; g)); g\big)
+
+    Args:
+        fc1: the first layer, D → hidden.
+        activation: φ.
+        fc2: the second layer, hidden → D.
+        router: r; several layers may share one.
+        routing: what the router's output is averaged over.
+        selection: m; by default every coefficient takes part.
+
+    Shape:
+        (B, T, D) → (B, T, D).
+
+    Raises:
+        ConfigError: if fc1, fc2 and the router do not agree on the number of coefficients.
+    """
+
+    def __init__(
+        self,
+        fc1: MoELinear,
+        activation: nn.Module,
+        fc2: MoELinear,
+        router: Router,
+        routing: Routing = Routing.SAMPLE,
+        selection: Selection | None = None,
+    ) -> None:
+        super().__init__()
+        counts = (fc1.experts.num_coefficients, fc2.experts.num_coefficients, router.num_coefficients)
+        if len(set(counts)) != 1:
+            raise ConfigError(f"fc1, fc2 and router have {counts} coefficients; they must agree")
+        self.fc1 = fc1
+        self.activation = activation
+        self.fc2 = fc2
+        self.router = router
+        self.routing = Routing(routing)
+        self.selection = selection if selection is not None else SelectAll()
+
+    @property
+    def num_coefficients(self) -> int:
+        """K, the merging coefficients of this layer."""
+        return self.router.num_coefficients
+
+    def coefficients(self, tokens: Tensor) -> Tensor:
+        """Return the merging coefficients after averaging and selection.
+
+        Args:
+            tokens: the MLP's input.
+
+        Shape:
+            (B, T, D) → (B, K) under sample routing, (1, K) under batch routing.
+        """
+        routed = self.router(tokens).mean(dim=1)  # (B, K)
+        if self.routing is Routing.BATCH:
+            routed = routed.mean(dim=0, keepdim=True)  # (1, K)
+        selected: Tensor = self.selection(routed)
+        return selected
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return the MLP's output; shapes as in the class docstring.
+
+        Args:
+            hidden_states: the MLP's input.
+        """
+        coefficients = self.coefficients(hidden_states)  # (B, K) or (1, K)
+        hidden = self.activation(self.fc1(hidden_states, coefficients))  # (B, T, hidden)
+        output: Tensor = self.fc2(hidden, coefficients)  # (B, T, D)
+        return output
+
+    def spec(self) -> dict[str, Any]:
+        """Return what `empty_moe_mlp` needs to make a layer of the same shapes, as plain JSON values."""
+        return {
+            "fc1": self.fc1.experts.spec(),
+            "fc2": self.fc2.experts.spec(),
+            "router": self.router.spec(),
+            "routing": str(self.routing),
+            "selection": self.selection.spec(),
+        }
+
+
+def empty_moe_mlp(spec: dict[str, Any], mlp: nn.Module, shared_router: Router | None = None) -> MoEMLP:
+    """Make a routed MLP with the shapes that a spec describes and values that are still to be loaded.
+
+    Args:
+        spec: what `MoEMLP.spec` returned.
+        mlp: the plain MLP to take the base layers and the activation from.
+        shared_router: the router of an earlier layer that this one shares, if it does.
+    """
+    fc1, activation, fc2 = mlp_parts(mlp)
+    router = shared_router if shared_router is not None else empty_router(spec["router"])
+    if shared_router is not None and spec["router"]["kind"] == "layer_encoded":
+        router = LayerEncodedRouter(shared_router, spec["router"]["layer_index"], spec["router"]["dim"])
+    return MoEMLP(
+        MoELinear(fc1, empty_experts(spec["fc1"], fc1.in_features, fc1.out_features)),
+        activation,
+        MoELinear(fc2, empty_experts(spec["fc2"], fc2.in_features, fc2.out_features)),
+        router,
+        Routing(spec["routing"]),
+        empty_selection(spec["selection"]),
+    )
+
+
+def mlp_parts(mlp: nn.Module) -> tuple[nn.Linear, nn.Module, nn.Linear]:
+    """Return fc1, the activation and fc2 of a plain transformer MLP.
+
+    Args:
+        mlp: a module whose children are the linear layers `fc1` and `fc2` and one activation.
+
+    Raises:
+        ModelError: if the module is not made like that.
+    """
+    children = dict(mlp.named_children())
+    fc1, fc2 = children.pop("fc1", None), children.pop("fc2", None)
+    if not isinstance(fc1, nn.Linear) or not isinstance(fc2, nn.Linear) or len(children) != 1:
+        raise ModelError(f"`{type(mlp).__name__}` is not an MLP made of fc1, one activation and fc2")
+    (activation,) = children.values()
+    return fc1, activation, fc2
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoEMLP]:
+    """Return the routed MLPs of a model by name, in forward order.
+
+    Args:
+        model: any module.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoEMLP)}
+    if not layers:
+        raise ModelError(f"`{type(model).__name__}` has no routed MLP; upcycle it first")
+    return layers
+
+
+def set_routing(model: nn.Module, routing: Routing | str) -> None:
+    """Set what every routed MLP of a model averages its router's output over.
+
+    Args:
+        model: a model with at least one routed MLP.
+        routing: `sample` or `batch`.
+
+    Raises:
+        ModelError: if the model has no routed MLP.
+    """
+    for layer in moe_layers(model).values():
+        layer.routing = Routing(routing)
+
+
+def router_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of all routers, a shared router's once: what adaptation trains.
+
+    Args:
+        model: a model with at least one routed MLP.
+
+    Raises:
+        ModelError: if the model has no routed MLP.
+    """
+    routers = nn.ModuleList([layer.router for layer in moe_layers(model).values()])
+    return list(routers.parameters())
+
+
+@contextmanager
+def record_coefficients(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect the merging coefficients of every routed MLP while the context lasts.
+
+    Args:
+        model: a model with at least one routed MLP.
+
+    Yields:
+        For each layer, one tensor a forward pass: (B, K) under sample routing, (1, K) under batch routing.
+    """
+    record: dict[str, list[Tensor]] = {}
+    handles = []
+    for name, layer in moe_layers(model).items():
+        values = record.setdefault(name, [])
+
+        def keep(_module: nn.Module, _args: Any, output: Tensor, values: list[Tensor] = values) -> None:
+            values.append(output.detach().to("cpu", torch.float32))
+
+        handles.append(layer.selection.register_forward_hook(keep))
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()

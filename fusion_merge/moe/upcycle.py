@@ -1,0 +1,121 @@
+"""Upcycling: every MLP of a statically merged model becomes a mixture of experts made of task vectors."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from fusion_merge.errors import ModelError
+from fusion_merge.moe.experts import Experts, TaskVector
+from fusion_merge.moe.layer import MoELinear, MoEMLP, Routing, mlp_parts
+from fusion_merge.moe.router import Router
+from fusion_merge.moe.selection import Selection
+from fusion_merge.task_vectors import State
+
+log = logging.getLogger(__name__)
+
+MakeExperts = Callable[[str, Sequence[TaskVector]], Experts]
+"""Makes a bank from the layer's name and its task vectors."""
+
+MakeRouter = Callable[[int, int, int], Router]
+"""Makes a router from the layer's index, the input width and the number of coefficients."""
+
+
+def find_mlps(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the plain MLPs of a model by name, in forward order.
+
+    Args:
+        model: any module whose MLPs are made of `fc1`, one activation and `fc2`.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        try:
+            mlp_parts(module)
+        except ModelError:
+            continue
+        found[name] = module
+    if not found:
+        raise ModelError(f"`{type(model).__name__}` has no MLP made of fc1, one activation and fc2")
+    return found
+
+
+def upcycle_mlps(
+    merged: nn.Module,
+    pretrained: State,
+    finetuned: Sequence[State],
+    *,
+    make_experts: MakeExperts,
+    make_router: MakeRouter,
+    routing: Routing | str,
+    selection: Selection | None = None,
+    task_names: Sequence[str] | None = None,
+    progress: Callable[[], object] | None = None,
+) -> nn.Module:
+    """Return a copy of a statically merged model whose MLPs are routed.
+
+    The base inside each routed MLP is the *pretrained* MLP, not the merged one. States are read one tensor at a
+    time. Inputs are never changed.
+
+    Args:
+        merged: the statically merged model.
+        pretrained: the state that every model was fine-tuned from, under the names of `merged`.
+        finetuned: the N fine-tuned states, under the names of `merged`.
+        make_experts: makes the bank of one linear layer.
+        make_router: makes (or hands out again) the router of one MLP.
+        routing: what the routers' outputs are averaged over.
+        selection: how many of the coefficients take part; by default all.
+        task_names: how notes call the N models; by default their numbers.
+        progress: called when an MLP is done.
+
+    Raises:
+        ModelError: if the model has no MLP that can be upcycled.
+
+    Source: WEMoE, arXiv 2402.00433, §4; upcycling after Komatsuzaki et al. 2023.
+    """
+    model = copy.deepcopy(merged).requires_grad_(False)
+    names = list(task_names) if task_names is not None else [str(i) for i in range(len(finetuned))]
+    unchanged = dict.fromkeys(names, 0)
+    mlps = find_mlps(model)
+    for index, (name, mlp) in enumerate(mlps.items()):
+        fc1, activation, fc2 = mlp_parts(mlp)
+        layers = []
+        for part, linear in (("fc1", fc1), ("fc2", fc2)):
+            path = f"{name}.{part}"
+            _load_pretrained(linear, pretrained, path)
+            vectors = _task_vectors(pretrained, finetuned, path)
+            for task, vector in zip(names, vectors, strict=True):
+                unchanged[task] += not (vector.weight.any() or vector.bias.any())
+            layers.append(MoELinear(linear, make_experts(path, vectors)))
+        experts1, experts2 = layers
+        router = make_router(index, fc1.in_features, experts1.experts.num_coefficients)
+        own_selection = copy.deepcopy(selection)
+        model.set_submodule(name, MoEMLP(experts1, activation, experts2, router, Routing(routing), own_selection))
+        if progress is not None:
+            progress()
+    for task, count in unchanged.items():
+        if count:
+            log.info(
+                "`%s` equals the pretrained model in %d of %d MLP layers: it adds zero experts there",
+                task,
+                count,
+                2 * len(mlps),
+            )
+    return model
+
+
+def _load_pretrained(linear: nn.Linear, pretrained: State, path: str) -> None:
+    if linear.bias is None:
+        raise ModelError(f"`{path}` has no bias; only linear layers with a bias can be upcycled")
+    linear.weight.data = pretrained[f"{path}.weight"].detach().clone().to(linear.weight)
+    linear.bias.data = pretrained[f"{path}.bias"].detach().clone().to(linear.bias)
+
+
+def _task_vectors(pretrained: State, finetuned: Sequence[State], path: str) -> list[TaskVector]:
+    weight, bias = pretrained[f"{path}.weight"], pretrained[f"{path}.bias"]
+    return [TaskVector(s[f"{path}.weight"] - weight, s[f"{path}.bias"] - bias) for s in finetuned]

@@ -1,0 +1,1 @@
+"""Model pools, task pools and datasets."""

@@ -1,0 +1,174 @@
+"""From images to batches: preprocessing, a small cache, and seeded endless batches for adaptation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fusion_merge.errors import DataError
+from fusion_merge.pools.datasets import ImageTask
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where tensors go, and which share of the work this process has.
+
+    Attributes:
+        device: where models and batches go.
+        rank: which process this is.
+        world_size: how many processes there are.
+        autocast: the context for forward passes, for mixed precision.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0
+    world_size: int = 1
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+CACHE_BYTES = 128 * 2**20
+
+Preprocess = Callable[[Any], Tensor]
+"""From one image to a tensor (3, height, width)."""
+
+
+class TaskImages(Dataset[tuple[Tensor, int]]):
+    """The preprocessed images of a task, with their labels; small datasets are kept in memory once read.
+
+    Args:
+        task: the task.
+        preprocess: from one image to a tensor (3, height, width).
+        cache_bytes: a dataset that takes at most this much memory when preprocessed is kept.
+    """
+
+    def __init__(self, task: ImageTask, preprocess: Preprocess, cache_bytes: int = CACHE_BYTES) -> None:
+        self.task = task
+        self._preprocess = preprocess
+        size = self._read(0)[0].nbytes * len(task)
+        self._cache: dict[int, tuple[Tensor, int]] | None = {} if size <= cache_bytes else None
+
+    @property
+    def cached(self) -> bool:
+        """Whether the images are kept in memory, so that worker processes would only cost."""
+        return self._cache is not None
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if self._cache is None:
+            return self._read(index)
+        if index not in self._cache:
+            self._cache[index] = self._read(index)
+        return self._cache[index]
+
+    def _read(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.task.item(index)
+        try:
+            return self._preprocess(image), label
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"cannot preprocess image {index} of `{self.task.name}`: {error}") from error
+
+
+class EndlessBatches(Sampler[list[int]]):
+    """Batches of indices without end, shuffled anew each epoch; a pure function of the seed and the position.
+
+    Args:
+        num_items: how many items the dataset has.
+        batch_size: items a batch, at least 1; the last batch of an epoch may be smaller.
+        seed: what the order depends on.
+        start: how many batches to skip.
+        rank: which of `world_size` processes this is; each takes every `world_size`-th item of the epoch.
+        world_size: how many processes share an epoch.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        batch_size: int,
+        seed: int,
+        *,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.num_items = num_items
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = start
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        own = len(range(0, self.num_items, self.world_size))  # equal for all ranks: indices wrap around
+        per_epoch = -(-own // self.batch_size)
+        epoch, skip = divmod(self.start, per_epoch)
+        while True:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_items)
+            mine = order[(self.rank + np.arange(own) * self.world_size) % self.num_items].tolist()
+            for batch in range(skip, per_epoch):
+                yield mine[batch * self.batch_size : (batch + 1) * self.batch_size]
+            epoch, skip = epoch + 1, 0
+
+
+def adaptation_loader(
+    images: TaskImages, batch_size: int, seed: int, *, workers: int, placement: Placement
+) -> DataLoader[Any]:
+    """Return a loader that gives shuffled batches without end.
+
+    Args:
+        images: the images.
+        batch_size: images a batch.
+        seed: what the order depends on.
+        workers: how many worker processes read them.
+        placement: which share of the images this process takes.
+    """
+    sampler = EndlessBatches(len(images), batch_size, seed, rank=placement.rank, world_size=placement.world_size)
+    return DataLoader(
+        images,
+        batch_sampler=sampler,
+        num_workers=0 if images.cached else workers,
+        persistent_workers=workers > 0 and not images.cached,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def evaluation_loader(
+    images: TaskImages, batch_size: int, *, workers: int, placement: Placement, limit: int | None = None
+) -> DataLoader[Any]:
+    """Return a loader that gives every image once, in order; processes share them without overlap.
+
+    Args:
+        images: the images.
+        batch_size: images a batch.
+        workers: how many worker processes read them.
+        placement: which share of the images this process takes.
+        limit: at most this many images, in all.
+    """
+    total = len(images) if limit is None else min(limit, len(images))
+    return DataLoader(
+        torch.utils.data.Subset(images, range(placement.rank, total, placement.world_size)),
+        batch_size=batch_size,
+        num_workers=0 if images.cached else workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def fitting_workers(wanted: int, num_loaders: int) -> int:
+    """Return how many worker processes each of several loaders gets: the machine is shared, never crowded.
+
+    Args:
+        wanted: the most a loader may have, at least 0.
+        num_loaders: how many loaders live at a time.
+    """
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(wanted, max(0, available - 1) // max(1, num_loaders) if num_loaders > 1 else available)

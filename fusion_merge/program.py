@@ -1,0 +1,232 @@
+"""The program: pool → method → save → evaluate → report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning_fabric import Fabric
+from torch import nn
+
+from fusion_merge.adaptation.runtime import make_fabric, placement_of
+from fusion_merge.errors import ConfigError
+from fusion_merge.files import write_text
+from fusion_merge.methods.base import Method
+from fusion_merge.methods.task_arithmetic import TaskArithmeticAlgorithm
+from fusion_merge.models.clip import save_tower
+from fusion_merge.models.merged import MergedCLIPVisionModel
+from fusion_merge.models.task_models import TaskModels
+from fusion_merge.pools.model_pool import CLIPVisionModelPool
+from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool, TaskPool
+from fusion_merge.registry import object_from_config
+from fusion_merge.report.plots import loss_curve, routing_picture
+from fusion_merge.report.routing import routing_weights
+from fusion_merge.report.tables import accuracy_table, model_size, written_report
+
+log = logging.getLogger(__name__)
+
+Report = dict[str, Any]
+
+
+class FusionProgram:
+    """One run, from a plain configuration.
+
+    Args:
+        config: the resolved configuration, as in `config/config.yaml`.
+        output_dir: where reports, pictures and logs go; made when the first is written.
+
+    Raises:
+        FusionMergeError: if the configuration does not hold together; nothing was written then.
+    """
+
+    def __init__(self, config: Mapping[str, Any], output_dir: Path) -> None:
+        self.config = config
+        self.output_dir = output_dir
+        self.method = _make(config, "method", Method)
+        self.modelpool = _make(config, "modelpool", CLIPVisionModelPool)
+        self.taskpool = _make(config, "taskpool", TaskPool)
+        self.seconds: dict[str, float] = {}
+        if isinstance(self.taskpool, CLIPVisionModelTaskPool):
+            self.modelpool.lend_pretrained(self.taskpool)
+
+    def check(self) -> None:
+        """Check what can be checked before any weight is read.
+
+        Raises:
+            FusionMergeError: if pool, tasks and method do not fit.
+        """
+        self.modelpool.check(self.method.min_models)
+        if isinstance(self.taskpool, CLIPVisionModelTaskPool):
+            self.taskpool.check()
+
+    def plan(self) -> str:
+        """Return what the run is about to do, in words."""
+        names = self.modelpool.model_names
+        lines = [
+            f"method     {self.method.method_name}",
+            f"base       {self.modelpool.base_model}",
+            f"models     {len(names)}: {', '.join(names) or 'none but the base'}",
+        ]
+        if isinstance(self.taskpool, CLIPVisionModelTaskPool):
+            sizes = [f"{n} ({len(self.taskpool.task(n))})" for n in self.taskpool.task_names]
+            lines.append(f"tasks      {', '.join(sizes)} images")
+        lines.append(f"output     {self.output_dir}")
+        return "\n".join(lines)
+
+    def run(self) -> Report:
+        """Run everything, and return the report that was written."""
+        with self._phase("reading"):
+            self.check()
+        log.info("%s\n", self.plan())
+        fabric = make_fabric(**self.config["fabric"], log_dir=self.output_dir / "logs")
+        if fabric.is_global_zero:
+            write_text(self.output_dir / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False))
+        with self._phase("method"):
+            model = self.method.run(self.modelpool, self._tasks_for_method(), fabric)
+        self._save(model, fabric)
+        with self._phase("evaluation"):
+            report = self._evaluate(model, fabric)
+        with self._phase("baselines"):
+            report["baselines"] = self._baselines(fabric)
+        report["run"] = self._describe_run()
+        if fabric.is_global_zero:
+            self._write(report, model, fabric)
+        return report
+
+    def _tasks_for_method(self) -> CLIPVisionModelTaskPool | None:
+        return self.taskpool if isinstance(self.taskpool, CLIPVisionModelTaskPool) else None
+
+    def _save(self, model: nn.Module | TaskModels, fabric: Fabric) -> None:
+        folder = self.config.get("merged_model_save_path")
+        if not folder or not fabric.is_global_zero:
+            return
+        if isinstance(model, TaskModels):
+            raise ConfigError(
+                f"`merged_model_save_path`={folder!r}: `{self.method.method_name}` makes one model a task, "
+                "not a merged one; its own `output` says where they go"
+            )
+        if isinstance(model, MergedCLIPVisionModel):
+            model.save_pretrained(folder)
+        else:
+            save_tower(model, Path(folder).expanduser())
+        log.info("merged model saved to %s", folder)
+
+    def _evaluate(self, model: nn.Module | TaskModels, fabric: Fabric) -> Report:
+        if not isinstance(self.taskpool, CLIPVisionModelTaskPool):
+            return self.taskpool.evaluate(model)
+        tasks = [t for t in self.taskpool.task_names if not isinstance(model, TaskModels) or t in model]
+        label = f"scoring {self.method.method_name}"
+        return self.taskpool.evaluate(model, placement=placement_of(fabric), tasks=tasks, label=label)
+
+    def _baselines(self, fabric: Fabric) -> dict[str, Report]:
+        if not isinstance(self.taskpool, CLIPVisionModelTaskPool):
+            return {}
+        names = self.modelpool.model_names
+        wanted = [b for b in self.config["baselines"] if b != self.method.method_name]
+        scale = float(getattr(self.method, "init_lambda", 0.3))
+        scores: dict[str, Report] = {}
+        for name in wanted:
+            tasks = self.taskpool.task_names
+            model: nn.Module | TaskModels
+            if name == "zero_shot":
+                model = self.modelpool.load_pretrained_model()
+            elif len(names) < 2:
+                continue
+            elif name == "task_arithmetic":
+                model = TaskArithmeticAlgorithm(scaling_factor=scale).run(self.modelpool)
+            else:
+                model, tasks = self.modelpool.fine_tuned_models(), [t for t in tasks if t in names]
+            placement = placement_of(fabric)
+            scores[name] = self.taskpool.evaluate(model, placement=placement, tasks=tasks, label=f"scoring {name}")
+        return scores
+
+    def _describe_run(self) -> Report:
+        record = getattr(self.method, "record", None)
+        adaptation = record and {
+            "steps": record.steps,
+            "interrupted": record.interrupted,
+            "collapsed": record.collapsed,
+            "seconds": record.seconds,
+        }
+        return {
+            "method": self.method.method_name,
+            "options": self.method.options(),
+            "models": {name: self.modelpool.describe(name) for name in self.modelpool.all_model_names},
+            "seed": self.config["seed"],
+            "command": shlex.join(["fusion_merge", *sys.argv[1:]]),
+            "adaptation": adaptation,
+            "seconds": self.seconds,
+            "versions": _versions(),
+        }
+
+    def _write(self, report: Report, model: nn.Module | TaskModels, fabric: Fabric) -> None:
+        tasks = [t for t in getattr(self.taskpool, "task_names", []) if t in report]
+        columns = {**{_title(n): r for n, r in report["baselines"].items()}, self.method.method_name: report}
+        pictures = self._pictures(report, model, fabric)
+        table = accuracy_table(columns, tasks, style="github") if tasks else ""
+        text = json.dumps(report, indent=2, default=str)
+        write_text(self.output_dir / "report.json", text)
+        if self.config.get("report_save_path"):
+            write_text(self.config["report_save_path"], text)
+        write_text(self.output_dir / "report.md", written_report(report, table, pictures))
+        if tasks:
+            log.info("\naccuracy in percent\n%s", accuracy_table(columns, tasks))
+        if "model_info" in report:
+            log.info("\n%s", model_size(report["model_info"]))
+        log.info("\nreport in %s", self.output_dir / "report.md")
+
+    def _pictures(self, report: Report, model: nn.Module | TaskModels, fabric: Fabric) -> list[str]:
+        pictures = []
+        record = getattr(self.method, "record", None)
+        plot = find_spec("matplotlib") is not None
+        if not plot:
+            log.info("no pictures without matplotlib: pip install 'fusion_merge[plot]'")
+        if isinstance(model, MergedCLIPVisionModel) and isinstance(self.taskpool, CLIPVisionModelTaskPool):
+            weights = routing_weights(model, self.taskpool, placement=placement_of(fabric))
+            report["run"]["routing"] = {name: w.tolist() for name, w in weights.items()}
+            if plot:
+                routing_picture(self.output_dir / "routing.png", weights, model.config.tasks)
+                pictures.append("routing.png")
+        if plot and record is not None and record.steps > 1:
+            loss_curve(self.output_dir / "loss.png", record.entropy)
+            pictures.append("loss.png")
+        return pictures
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def _make(config: Mapping[str, Any], part: str, kind: type) -> Any:
+    made = object_from_config(config[part], part)
+    if not isinstance(made, kind):
+        raise ConfigError(f"`{part}` is a {type(made).__name__}, not a {kind.__name__}")
+    return made
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _versions() -> dict[str, str]:
+    names = ("fusion_merge", "torch", "transformers", "lightning-fabric", "datasets")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

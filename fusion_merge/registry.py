@@ -1,0 +1,123 @@
+"""The one registry: methods by name, from `fusion_merge.methods` and from entry points of other packages."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fusion_merge.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from fusion_merge.methods.base import Method
+
+ENTRY_POINTS = "fusion_merge.methods"
+_HYDRA_KEYS = {"_target_", "_recursive_", "_convert_"}
+
+_methods: dict[str, type[Method]] = {}
+_aliases: dict[str, str] = {}
+_scanned = False
+
+M = TypeVar("M", bound="type[Method]")
+
+
+def register_method(name: str, *, aliases: tuple[str, ...] = ()) -> Callable[[M], M]:
+    """Register a method class under a name.
+
+    Args:
+        name: the name, as `list_methods` gives it.
+        aliases: other names that mean the same.
+
+    Raises:
+        ConfigError: if another class has one of the names already.
+    """
+
+    def register(cls: M) -> M:
+        for key in (name, *aliases):
+            owner = _methods.get(_aliases.get(key, key))
+            if (
+                owner is not None
+                and f"{owner.__module__}.{owner.__qualname__}" != f"{cls.__module__}.{cls.__qualname__}"
+            ):
+                raise ConfigError(f"method `{key}` is registered twice: by {owner.__module__} and by {cls.__module__}")
+        _methods[name] = cls
+        _aliases.update(dict.fromkeys(aliases, name))
+        cls.method_name = name
+        return cls
+
+    return register
+
+
+def list_methods() -> list[str]:
+    """Return the names of all methods, those of installed packages included."""
+    _scan()
+    return sorted(_methods)
+
+
+def get_method(name: str) -> type[Method]:
+    """Return a method class by name or alias.
+
+    Args:
+        name: the name.
+
+    Raises:
+        ConfigError: if there is no such method; the message proposes the nearest.
+    """
+    _scan()
+    key = _aliases.get(name, name)
+    if key not in _methods:
+        raise ConfigError(f"method `{name}` is unknown; {nearest(name, [*_methods, *_aliases])}")
+    return _methods[key]
+
+
+def names_of(cls: type[Method]) -> list[str]:
+    """Return every name of a method class.
+
+    Args:
+        cls: the class.
+    """
+    return [name for name in [*_methods, *_aliases] if _methods[_aliases.get(name, name)] is cls]
+
+
+def object_from_config(config: Mapping[str, Any], what: str) -> Any:
+    """Make the object that a config describes: `_target_` called with the other keys.
+
+    Args:
+        config: plain values, `_target_` among them.
+        what: which part of the configuration it is, for errors.
+
+    Raises:
+        ConfigError: if the target or a key is unknown.
+    """
+    target = config.get("_target_")
+    if not isinstance(target, str):
+        raise ConfigError(f"the config of `{what}` has no `_target_` that names a class")
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"`{what}._target_`={target!r} cannot be imported: {error}") from error
+    options = {key: value for key, value in config.items() if key not in _HYDRA_KEYS}
+    known = inspect.signature(cls).parameters
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"`{what}.{key}` is not an option of {class_name}; {nearest(str(key), known)}")
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise ConfigError(f"`{what}` cannot be made: {error}") from error
+
+
+def _scan() -> None:
+    global _scanned
+    if _scanned:
+        return
+    _scanned = True
+    package = importlib.import_module("fusion_merge.methods")
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+    for entry_point in entry_points(group=ENTRY_POINTS):
+        entry_point.load()

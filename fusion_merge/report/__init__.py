@@ -1,0 +1,1 @@
+"""What a run leaves behind: tables, pictures, and a written report."""

@@ -1,0 +1,83 @@
+"""Tables and the written report of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+Column = Mapping[str, Any]
+"""An evaluation report: for each task, and for `average`, its `accuracy`."""
+
+
+def accuracy_table(columns: Mapping[str, Column], tasks: Sequence[str], *, style: str = "simple") -> str:
+    """Return a table of tasks × models with accuracies in percent, the average last.
+
+    Args:
+        columns: for each model, its evaluation report; a task that it lacks is left blank.
+        tasks: the rows.
+        style: a format of tabulate, such as `simple` or `github`.
+    """
+    rows = [[task, *(_percent(column.get(task)) for column in columns.values())] for task in tasks]
+    averages = [_percent(_average(column, tasks)) for column in columns.values()]
+    body = [*rows, ["average", *averages]]
+    return tabulate(body, headers=["task", *columns], tablefmt=style, stralign="right", disable_numparse=True)
+
+
+def _average(column: Column, tasks: Sequence[str]) -> Mapping[str, float] | None:
+    """Return the mean over the given tasks, if the column has all of them: means of other tasks do not compare."""
+    if any(task not in column for task in tasks):
+        return None
+    return {"accuracy": sum(column[task]["accuracy"] for task in tasks) / len(tasks)}
+
+
+def _percent(score: Mapping[str, float] | None) -> str:
+    return "" if score is None else f"{100 * score['accuracy']:.1f}"
+
+
+def model_size(info: Mapping[str, float]) -> str:
+    """Return one line about the size of a model.
+
+    Args:
+        info: what `model_info` returned.
+    """
+    return (
+        f"{info['all_params']:,} parameters, {info['trainable_params']:,} of them trained "
+        f"({100 * info['trainable_percentage']:.2f} %)"
+    )
+
+
+def written_report(report: Mapping[str, Any], table: str, pictures: Sequence[str]) -> str:
+    """Return the report of a run in Markdown.
+
+    Args:
+        report: the whole report, with its `run` part.
+        table: the accuracy table in Markdown.
+        pictures: file names of pictures, relative to the report.
+    """
+    run = report["run"]
+    lines = [f"# {run['method']}", "", f"    {run['command']}", ""]
+    if table:
+        lines += ["Accuracy in percent.", "", table, ""]
+    if "model_info" in report:
+        lines += [model_size(report["model_info"]) + ".", ""]
+    adaptation = run.get("adaptation")
+    if adaptation:
+        end = ", ended early by an interrupt" if adaptation["interrupted"] else ""
+        lines += [
+            f"Routers adapted for {adaptation['steps']} steps in {adaptation['seconds']:.1f} s{end}.",
+            "",
+        ]
+        for task, step in adaptation["collapsed"].items():
+            lines += [f"**`{task}` collapsed to one class from step {step} on.**", ""]
+    for picture in pictures:
+        lines += [f"![{picture.removesuffix('.png')}]({picture})", ""]
+    lines += ["| phase | seconds |", "|---|---|"]
+    lines += [f"| {phase} | {seconds:.1f} |" for phase, seconds in run["seconds"].items()]
+    lines += [
+        "",
+        f"Seed {run['seed']}; " + ", ".join(f"{k} {v}" for k, v in run["versions"].items()) + ".",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,225 @@
+r"""State-dict algebra: task vectors, task arithmetic, magnitude pruning, truncated SVD.
+
+A *state* is a mapping from parameter names to tensors. Every function is pure: inputs are never changed and
+never shared with the result where the result differs from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from fusion_merge.errors import ConfigError, ModelError
+
+State = Mapping[str, Tensor]
+
+
+def difference(finetuned: State, pretrained: State) -> dict[str, Tensor]:
+    r"""Return the task vector of a fine-tuned model.
+
+    .. math:: \tau = \theta - \theta_0
+
+    Only floating-point tensors have a task vector; integer buffers are left out.
+
+    Args:
+        finetuned: the state after fine-tuning.
+        pretrained: the state before it, with the same names and shapes.
+
+    Raises:
+        ModelError: if names or shapes differ.
+
+    Source: Ilharco et al. 2023, "Editing models with task arithmetic", §2.
+    """
+    check_same_shapes(pretrained, finetuned)
+    return {name: finetuned[name] - pretrained[name] for name in pretrained if pretrained[name].is_floating_point()}
+
+
+def task_arithmetic(pretrained: State, finetuned: Iterable[State], scaling_factor: float) -> dict[str, Tensor]:
+    r"""Return the static merge that moves along the sum of all task vectors.
+
+    .. math:: \theta = \theta_0 + \lambda \sum_n (\theta_n - \theta_0)
+
+    Models are read one tensor at a time, so that lazily loaded states stay on disk.
+
+    Args:
+        pretrained: the state that every model was fine-tuned from.
+        finetuned: the fine-tuned states, with the same names and shapes.
+        scaling_factor: λ, any finite number; 1/N gives the simple average of N models.
+
+    Raises:
+        ModelError: if names or shapes differ.
+
+    Source: Ilharco et al. 2023, §2.
+    """
+    return static_merge(pretrained, finetuned, lambda base, total, _: base + scaling_factor * total)
+
+
+def simple_average(pretrained: State, finetuned: Iterable[State]) -> dict[str, Tensor]:
+    r"""Return the mean of the fine-tuned models.
+
+    .. math:: \theta = \theta_0 + \frac{1}{N} \sum_n (\theta_n - \theta_0) = \frac{1}{N} \sum_n \theta_n
+
+    Args:
+        pretrained: the state that every model was fine-tuned from; its names and integer buffers are kept.
+        finetuned: the fine-tuned states.
+
+    Raises:
+        ModelError: if names or shapes differ.
+
+    Source: Wortsman et al. 2022, "Model soups".
+    """
+    return static_merge(pretrained, finetuned, lambda base, total, count: base + total / count)
+
+
+def static_merge(
+    pretrained: State, finetuned: Iterable[State], combine: Callable[[Tensor, Tensor, int], Tensor]
+) -> dict[str, Tensor]:
+    """Return `combine(pretrained, sum of task vectors, number of models)` for every floating-point tensor.
+
+    Args:
+        pretrained: the state that every model was fine-tuned from.
+        finetuned: the fine-tuned states.
+        combine: what to do with one tensor, the sum of its task vectors, and their number.
+
+    Raises:
+        ModelError: if names or shapes differ, or if there is no model to merge.
+    """
+    states = list(finetuned)
+    if not states:
+        raise ModelError("there is no fine-tuned model to merge; give at least one beside `_pretrained_`")
+    for state in states:
+        check_same_shapes(pretrained, state)
+    merged: dict[str, Tensor] = {}
+    for name in pretrained:
+        base = pretrained[name]
+        if not base.is_floating_point():
+            merged[name] = base.clone()
+            continue
+        total = torch.zeros_like(base)
+        for state in states:
+            total += state[name].to(base) - base
+        merged[name] = combine(base, total, len(states))
+    return merged
+
+
+def magnitude_prune(tensor: Tensor, prune_ratio: float) -> Tensor:
+    r"""Return the tensor with its entries of small magnitude set to zero.
+
+    Kept are the entries with :math:`|x|` strictly above the `prune_ratio` quantile of :math:`|x|` (linear
+    interpolation between neighbours); nothing is rescaled. Because the comparison is strict, ratio 0 still drops
+    the smallest entry, as the published method does.
+
+    Args:
+        tensor: floating point, of any shape and size; `torch.quantile` would stop at 2^24 elements.
+        prune_ratio: the share to drop, in [0, 1).
+
+    Shape:
+        Same as `tensor`.
+
+    Raises:
+        ConfigError: if `prune_ratio` is outside [0, 1).
+
+    Source: E-WEMoE, arXiv 2410.21804, eq. for the pruned task vectors.
+    """
+    if not 0.0 <= prune_ratio < 1.0:
+        raise ConfigError(f"`prune_ratio`={prune_ratio} is outside [0, 1); 0.9 keeps the largest tenth")
+    magnitude = tensor.detach().abs().flatten()  # (numel,)
+    if magnitude.numel() == 0:
+        return tensor.clone()
+    position = prune_ratio * (magnitude.numel() - 1)
+    lower = int(position)
+    threshold = torch.kthvalue(magnitude.float(), lower + 1).values
+    if position > lower:
+        upper = torch.kthvalue(magnitude.float(), lower + 2).values
+        threshold = torch.lerp(threshold, upper, position - lower)
+    return torch.where(tensor.abs() > threshold, tensor, torch.zeros_like(tensor))
+
+
+def truncated_svd(matrix: Tensor, rank: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    r"""Return the best approximation of a matrix by `rank` outer products, in factors.
+
+    .. math:: M \approx \sum_{j \le k} u_j (s_j v_j)^\top
+
+    Args:
+        matrix: the matrix M.
+        rank: k, in 1…min(O, I), or -1 for full rank.
+        device: where to compute; by default where the matrix is. The result comes back to the matrix's device.
+
+    Shape:
+        matrix (O, I) → left (O, k) with orthonormal columns :math:`u_j`, right (k, I) with rows
+        :math:`s_j v_j`, by descending singular value.
+
+    Raises:
+        ConfigError: if `rank` is not possible for this matrix.
+
+    Source: Eckart & Young 1936.
+    """
+    limit = min(matrix.shape)
+    if rank == -1:
+        rank = limit
+    if not 1 <= rank <= limit:
+        raise ConfigError(
+            f"`rank`={rank} is not possible for a matrix of {tuple(matrix.shape)}; choose 1-{limit} or -1"
+        )
+    left, values, right = torch.linalg.svd(matrix.to(device or matrix.device, torch.float32), full_matrices=False)
+    left, right = left[:, :rank], values[:rank, None] * right[:rank]  # (O, k), (k, I)
+    return left.to(matrix).contiguous(), right.to(matrix).contiguous()
+
+
+def check_same_shapes(reference: State, other: State, *, where: str = "the fine-tuned model") -> None:
+    """Refuse a state that does not have the names and shapes of another.
+
+    Args:
+        reference: what is expected.
+        other: what is checked.
+        where: how the error calls `other`.
+
+    Raises:
+        ModelError: names the first tensors that are missing, unexpected or of another shape.
+    """
+    check_same_shape_tables(shapes_of(reference), shapes_of(other), where=where)
+
+
+def check_same_shape_tables(
+    reference: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]], *, where: str
+) -> None:
+    """Do what `check_same_shapes` does, from tables of shapes that need no weights.
+
+    Args:
+        reference: the expected shape of each tensor.
+        other: the shapes that are checked.
+        where: how the error calls `other`.
+
+    Raises:
+        ModelError: names the first tensors that are missing, unexpected or of another shape.
+    """
+    for problem, names in (
+        ("lacks", sorted(reference.keys() - other.keys())),
+        ("has, unexpectedly,", sorted(other.keys() - reference.keys())),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ModelError(
+                f"{where} {problem} {', '.join(f'`{n}`' for n in names[:3])}{more}; "
+                "all models of a pool must come from the same architecture"
+            )
+    for name, shape in reference.items():
+        if other[name] != shape:
+            raise ModelError(
+                f"{where} has `{name}` of shape {other[name]}, the pretrained model has {shape}; "
+                "all models of a pool must come from the same architecture"
+            )
+
+
+def shapes_of(state: State) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor; lazily read states answer from file headers alone.
+
+    Args:
+        state: the state to describe.
+    """
+    table = getattr(state, "shapes", None)
+    if isinstance(table, Mapping):
+        return dict(table)
+    return {name: tuple(state[name].shape) for name in state}

@@ -1,0 +1,210 @@
+"""Small pictures drawn with Pillow and NumPy: glyphs, shapes, stripes, dots and patches of photographs.
+
+Every function takes the random generator it draws from, and returns one RGB image of `SIZE` × `SIZE` pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from math import cos, pi, sin
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageFont import FreeTypeFont
+
+SIZE = 32
+_CANVAS = 64  # masks are drawn at twice the size and reduced, which smooths their edges
+
+Point = tuple[float, float]
+
+
+def glyph(text: str, font_path: str, rng: np.random.Generator, tilt: float = 12.0, dark: bool = False) -> Image:
+    """Draw one character, slightly turned, scaled and moved, in a random colour on a plain background.
+
+    Args:
+        text: the character.
+        font_path: path of a TrueType font which has it.
+        rng: source of randomness.
+        tilt: largest turn in degrees.
+        dark: dark ink on light paper; otherwise light on dark.
+    """
+    from PIL import Image, ImageDraw
+
+    mask = Image.new("L", (_CANVAS, _CANVAS), 0)
+    font = _font(font_path, int(rng.integers(52, 61)))
+    left, top, right, bottom = font.getbbox(text)
+    corner = [(_CANVAS - low - high) / 2 + rng.uniform(-3, 3) for low, high in ((left, right), (top, bottom))]
+    ImageDraw.Draw(mask).text((corner[0], corner[1]), text, fill=255, font=font)
+    mask = mask.rotate(float(rng.uniform(-tilt, tilt)), resample=Image.Resampling.BILINEAR)
+    return _paint(_reduce(mask), rng, dark)
+
+
+def shape(name: str, rng: np.random.Generator) -> Image:
+    """Draw one filled shape of `SHAPES` in a random colour, size and place on a noisy background.
+
+    Args:
+        name: a key of `SHAPES`.
+        rng: source of randomness.
+    """
+    from PIL import Image, ImageDraw
+
+    mask = Image.new("L", (_CANVAS, _CANVAS), 0)
+    radius, turn = rng.uniform(19, 26), rng.uniform(-0.2, 0.2)
+    centre = [_CANVAS / 2 + rng.uniform(-5, 5) for _ in range(2)]
+
+    def place(points: list[Point]) -> list[Point]:
+        c, s = cos(turn) * radius, sin(turn) * radius
+        return [(centre[0] + c * x - s * y, centre[1] + s * x + c * y) for x, y in points]
+
+    draw = ImageDraw.Draw(mask)
+    for points, fill in SHAPES[name]():
+        draw.polygon(place(points), fill=fill)
+    return _paint(_reduce(mask), rng, dark=bool(rng.integers(2)), noise=20.0)
+
+
+def stripes(degrees: float, rng: np.random.Generator) -> Image:
+    """Draw a sine grating: two random colours, a random width and phase.
+
+    Args:
+        degrees: direction of the stripes, 0 is horizontal, 90 vertical.
+        rng: source of randomness.
+    """
+    angle = (degrees + rng.uniform(-5, 5)) * pi / 180
+    y, x = np.mgrid[:SIZE, :SIZE]
+    across = sin(angle) * x + cos(angle) * y
+    wave = np.sin(2 * pi * across / rng.uniform(6, 11) + rng.uniform(0, 2 * pi))
+    mask = np.clip(0.5 + 1.2 * wave, 0, 1)
+    return _paint(mask, rng, dark=bool(rng.integers(2)), noise=12.0)
+
+
+def dots(count: int, rng: np.random.Generator) -> Image:
+    """Draw dots of one size, none touching another.
+
+    Args:
+        count: how many, 1 to 9.
+        rng: source of randomness.
+    """
+    from PIL import Image, ImageDraw
+
+    mask = Image.new("L", (_CANVAS, _CANVAS), 0)
+    draw, radius = ImageDraw.Draw(mask), rng.uniform(5.0, 6.5)
+    for cell in rng.permutation(9)[:count]:
+        x, y = (32 + 19 * (k - 1) + rng.uniform(-3, 3) for k in divmod(int(cell), 3))
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+    return _paint(_reduce(mask), rng, dark=False)
+
+
+def patch(photo: Image, rng: np.random.Generator, held_out: bool, cell: int = 56) -> Image:
+    """Cut a square out of one cell of a photograph; cells are split between training and test.
+
+    Squares which show almost nothing (a dark sky, a plain wall) are passed over.
+
+    Args:
+        photo: the photograph, RGB.
+        rng: source of randomness.
+        held_out: cut from the test cells (a fifth of all), otherwise from the others.
+        cell: side of a cell in pixels; patches do not cross its border.
+    """
+    from PIL import Image
+
+    columns, rows = photo.width // cell, photo.height // cell
+    cells = [(i, j) for i in range(columns) for j in range(rows) if ((i + 2 * j) % 5 == 0) == held_out]
+    best, contrast = photo, -1.0
+    for _ in range(8):
+        i, j = cells[int(rng.integers(len(cells)))]
+        side = int(rng.integers(cell * 3 // 4, cell + 1))
+        x, y = (cell * k + int(rng.integers(cell - side + 1)) for k in (i, j))
+        square = photo.crop((x, y, x + side, y + side)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+        spread = float(np.asarray(square).std())
+        if spread > contrast:
+            best, contrast = square, spread
+        if contrast >= 14.0:
+            break
+    return best
+
+
+def enlarge(pixels: np.ndarray[Any, Any], margin: int = 0) -> Image:
+    """Turn a small grey picture into an RGB image.
+
+    Args:
+        pixels: values in 0–255. Shape: (H, W).
+        margin: black border in pixels of the result.
+    """
+    from PIL import Image
+
+    inner = SIZE - 2 * margin
+    grey = Image.fromarray(pixels.astype(np.uint8)).resize((inner, inner), Image.Resampling.BICUBIC)
+    image = Image.new("L", (SIZE, SIZE), 0)
+    image.paste(grey, (margin, margin))
+    return image.convert("RGB")
+
+
+@lru_cache(maxsize=256)
+def _font(path: str, size: int) -> FreeTypeFont:
+    from PIL import ImageFont
+
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _reduce(mask: Image) -> np.ndarray[Any, Any]:
+    """Halve a mask and give its values in 0–1. Shape: (SIZE, SIZE)."""
+    return np.asarray(mask.reduce(_CANVAS // SIZE), dtype=np.float64) / 255.0
+
+
+def _paint(mask: np.ndarray[Any, Any], rng: np.random.Generator, dark: bool, noise: float = 0.0) -> Image:
+    """Colour a mask: random ink on a random paper of the opposite brightness."""
+    from PIL import Image
+
+    low, high = rng.uniform(0, 80, 3), rng.uniform(175, 255, 3)
+    ink, paper = (low, high) if dark else (high, low)
+    pixels = paper + mask[..., None] * (ink - paper)  # (SIZE, SIZE, 3)
+    if noise:
+        pixels = pixels + rng.normal(0, noise, pixels.shape)
+    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+
+
+def _regular(corners: int, inner: float = 1.0, turn: float = 0.0, scale: float = 1.0) -> list[Point]:
+    """Corners of a regular polygon around the origin; with `inner` below 1, a star."""
+    steps = corners if inner == 1.0 else 2 * corners
+    radii = [scale * (1.0 if k % 2 == 0 or inner == 1.0 else inner) for k in range(steps)]
+    angles = [2 * pi * k / steps - pi / 2 + turn for k in range(steps)]
+    return [(r * cos(a), r * sin(a)) for r, a in zip(radii, angles, strict=True)]
+
+
+def _heart() -> list[Point]:
+    angles = [2 * pi * k / 40 for k in range(40)]
+    return [(sin(a) ** 3, -(13 * cos(a) - 5 * cos(2 * a) - 2 * cos(3 * a) - cos(4 * a)) / 16) for a in angles]
+
+
+def _cross(arm: float = 0.33) -> list[Point]:
+    quarter: list[Point] = [(arm, -1.0), (arm, -arm), (1.0, -arm)]
+    points: list[Point] = []
+    for _ in range(4):
+        points += quarter
+        quarter = [(-y, x) for x, y in quarter]
+    return points
+
+
+def _moved(points: list[Point], x: float, y: float) -> list[Point]:
+    return [(px + x, py + y) for px, py in points]
+
+
+_ARROW: list[Point] = [(-1, -0.28), (0.1, -0.28), (0.1, -0.8), (1, 0), (0.1, 0.8), (0.1, 0.28), (-1, 0.28)]
+_ROUND = 48
+
+SHAPES: dict[str, Callable[[], list[tuple[list[Point], int]]]] = {
+    "circle": lambda: [(_regular(_ROUND), 255)],
+    "square": lambda: [(_regular(4, turn=pi / 4, scale=1.15), 255)],
+    "triangle": lambda: [(_moved(_regular(3, scale=1.1), 0, 0.2), 255)],
+    "star": lambda: [(_regular(5, inner=0.4, scale=1.1), 255)],
+    "cross": lambda: [(_cross(), 255)],
+    "heart": lambda: [(_heart(), 255)],
+    "crescent": lambda: [(_regular(_ROUND), 255), (_moved(_regular(_ROUND, scale=0.85), 0.45, 0), 0)],
+    "ring": lambda: [(_regular(_ROUND), 255), (_regular(_ROUND, scale=0.55), 0)],
+    "arrow": lambda: [(_ARROW, 255)],
+    "diamond": lambda: [([(0, -1.1), (0.65, 0), (0, 1.1), (-0.65, 0)], 255)],
+}
