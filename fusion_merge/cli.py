@@ -6,7 +6,10 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +41,27 @@ _OPEN_TABLES = (
 def main() -> None:
     """Run the command line; every error that can be foreseen is one clear message and exit code 1."""
     register_schema()
-    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    tracebacks = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: the messages are ours
     sys.argv[1:] = [_open(argument) for argument in sys.argv[1:]]
+    with _messages(tracebacks):
+        hydra.main(config_path="pkg://fusion_merge.config", config_name="config", version_base="1.3")(
+            partial(_job, tracebacks)
+        )()
+
+
+def _job(tracebacks: bool, config: DictConfig) -> None:
+    with _messages(tracebacks):  # here, where Hydra does not yet add lines of its own
+        _run(config)
+
+
+@contextmanager
+def _messages(tracebacks: bool) -> Iterator[None]:
+    """Turn the errors that can be foreseen into one message and exit code 1."""
     try:
-        _run()
+        yield
     except (FusionMergeError, HydraException, OmegaConfBaseException) as error:
-        if traceback_wanted:
+        if tracebacks:
             raise
         sys.stderr.write(f"error: {_explain(error)}\n")
         sys.exit(1)
@@ -53,7 +70,6 @@ def main() -> None:
         sys.exit(130)
 
 
-@hydra.main(config_path="pkg://fusion_merge.config", config_name="config", version_base="1.3")
 def _run(config: DictConfig) -> None:
     plain = _plain(config)
     if plain["print_config"]:

@@ -88,9 +88,9 @@ class FusionProgram:
         """Run everything, and return the report that was written."""
         with self._phase("reading"):
             self.check()
-        log.info("%s\n", self.plan())
         fabric = make_fabric(**self.config["fabric"], log_dir=self.output_dir / "logs")
         if fabric.is_global_zero:
+            log.info("%s\n", self.plan())
             write_text(self.output_dir / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False))
         with self._phase("method"):
             model = self.method.run(self.modelpool, self._tasks_for_method(), fabric)

@@ -196,7 +196,7 @@ class LowRankExperts(Experts):
 
     .. math:: W = W_0 + \sum_{n,j} g_{nj}\, u_{nj} (s_{nj} v_{nj})^\top, \qquad b = b_0 + \lambda \sum_n \beta_n
 
-    No merged weight is ever built: :math:`y = x W_0^\top + ((x V^\top) \odot g)\, U^\top + b`.
+    In factors, with no merged weight: :math:`y = x W_0^\top + ((x V^\top) \odot g)\, U^\top + b`.
 
     Args:
         left: U, the left singular vectors of all tasks, task after task, by descending singular value.
@@ -240,9 +240,15 @@ class LowRankExperts(Experts):
         return cls(left, right, torch.stack([t.bias for t in task_vectors]), bias_scaling)
 
     def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
-        """See `Experts.forward`: three products, whatever the number of samples."""
+        """See `Experts.forward`: in factors, or as one merged weight a batch where that takes fewer operations."""
+        bias = base.bias + self._bias_delta()  # (O,)
+        out_features, in_features = base.weight.shape
+        tokens = x.shape[0] * x.shape[1]
+        if coefficients.shape[0] == 1 and out_features * in_features < tokens * (out_features + in_features):
+            weight = torch.addmm(base.weight, self.left * coefficients, self.right)  # (O, I)
+            return F.linear(x, weight, bias)  # (B, T, O)
         hidden = F.linear(x, self.right) * coefficients.unsqueeze(1)  # (B, T, K)
-        return F.linear(x, base.weight, base.bias + self._bias_delta()) + F.linear(hidden, self.left)  # (B, T, O)
+        return F.linear(x, base.weight, bias) + F.linear(hidden, self.left)  # (B, T, O)
 
     def delta(self, coefficients: Tensor) -> LinearDelta:
         """See `Experts.delta`."""

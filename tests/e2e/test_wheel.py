@@ -1,0 +1,49 @@
+"""A wheel installed elsewhere, without the repository, runs the default job."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """A folder with the wheel installed, and nothing of the repository."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in ("fusion_merge", "config"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder / "dist"), str(source)]
+    subprocess.run(build, check=True, cwd=folder, capture_output=True)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True)
+    return folder / "site"
+
+
+def test_installed_wheel_runs_the_default_job_outside_the_repository(site, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fusion_merge", "fast_dev_run=true", "output_dir=run"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert set(report["baselines"]) == {"zero_shot", "fine_tuned", "task_arithmetic"}
+    assert report["run"]["adaptation"]["steps"] == 1
+
+
+def test_the_wheel_is_what_was_run(site, tmp_path):
+    code = "import fusion_merge, fusion_merge.config; print(fusion_merge.__file__, *fusion_merge.config.__path__)"
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert all(part.startswith(str(site)) for part in result.stdout.split())
+    assert (site / "fusion_merge" / "py.typed").is_file()
