@@ -31,7 +31,7 @@ class ProgramConfig:
     seed: int = 0
     fast_dev_run: bool = False
     dry_run: bool = False
-    print_config: bool = True
+    print_config: bool = False
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
     output_dir: str | None = None
     report_save_path: str | None = None

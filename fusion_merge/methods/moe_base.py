@@ -186,13 +186,16 @@ class MoEMethod(Method):
         """Return the tasks to adapt on, their data opened; none if there is nothing to adapt."""
         if self.checkpoint or self.max_steps == 0:
             return None
-        tasks = modelpool.task_pool() if modelpool.test_datasets or taskpool is None else taskpool
-        if not isinstance(tasks, CLIPVisionModelTaskPool):
+        own, names = modelpool.test_datasets, modelpool.model_names
+        if taskpool is None and not own:
             raise ConfigError(
                 "adaptation needs images: give the model pool `test_datasets`, or a task pool with tasks, "
                 "or load adapted routers with `checkpoint`"
             )
-        for name in modelpool.model_names:
+        # where both pools have the same images, heads and preprocessing are shared
+        shared = taskpool is not None and all(n not in own or _same(own[n], taskpool.specs.get(n)) for n in names)
+        tasks = taskpool if taskpool is not None and shared else modelpool.task_pool()
+        for name in names:
             tasks.task(name)
         return tasks
 
@@ -239,3 +242,8 @@ class MoEMethod(Method):
             "tasks": modelpool.model_names,
             "fingerprints": modelpool.fingerprints(),
         }
+
+
+def _same(spec: Any, other: Any) -> bool:
+    """Tell whether two specs of data are the same; of objects, only the same object is."""
+    return spec is other or (isinstance(spec, str | dict) and type(spec) is type(other) and bool(spec == other))

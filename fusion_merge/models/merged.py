@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -164,10 +163,11 @@ class MergedCLIPVisionModel(PreTrainedModel):
                 save_torch_state_dict(state, temporary, max_shard_size=kwargs.get("max_shard_size", "5GB"))
                 self.config.architectures = [type(self).__name__]
                 self.config.save_pretrained(temporary)
-                for stale in folder.glob("model*.safetensors*"):
+                files = sorted(Path(temporary).iterdir(), key=lambda f: f.name == "config.json")  # the last one
+                for file in files:
+                    file.replace(folder / file.name)
+                for stale in set(folder.glob("model*.safetensors*")) - {folder / f.name for f in files}:
                     stale.unlink()
-                for file in sorted(Path(temporary).iterdir()):
-                    shutil.move(file, folder / file.name)
         except OSError as error:
             raise FusionMergeError(f"cannot write `{folder}`: {error.strerror or error}") from error
         if kwargs.get("push_to_hub"):

@@ -100,7 +100,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         self.fast_dev_run = fast_dev_run
         self._clip_source = clip_model or base_model
         self._processor_source = processor
-        self._specs = specs
+        self.specs = specs
         self._tasks: dict[str, ImageTask] = {}
         self._images: dict[str, TaskImages] = {}
         self._heads: dict[str, ZeroShotHead] = {}
@@ -108,7 +108,7 @@ class CLIPVisionModelTaskPool(TaskPool):
     @property
     def task_names(self) -> list[str]:
         """The tasks, in order."""
-        return list(self._specs)
+        return list(self.specs)
 
     def use_pretrained(self, clip_model: Any, processor: Any = None) -> None:
         """Take head and processor from here where the pool was not told of any.
@@ -131,10 +131,10 @@ class CLIPVisionModelTaskPool(TaskPool):
         Raises:
             DataError: if the name is unknown or the data are not usable.
         """
-        if name not in self._specs:
-            raise DataError(f"task `{name}` is not in the task pool; {nearest(name, self._specs)}")
+        if name not in self.specs:
+            raise DataError(f"task `{name}` is not in the task pool; {nearest(name, self.specs)}")
         if name not in self._tasks:
-            self._tasks[name] = make_task(name, self._specs[name])
+            self._tasks[name] = make_task(name, self.specs[name])
         return self._tasks[name]
 
     def images(self, name: str) -> TaskImages:

