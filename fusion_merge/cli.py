@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_GROUPS = ("method", "modelpool", "taskpool")
 _OPEN_TABLES = (
     "modelpool.models",
     "modelpool.train_datasets",
@@ -43,8 +44,8 @@ def main() -> None:
     register_schema()
     tracebacks = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: the messages are ours
-    sys.argv[1:] = [_open(argument) for argument in sys.argv[1:]]
     with _messages(tracebacks):
+        sys.argv[1:] = [_open(argument) for argument in sys.argv[1:]]
         hydra.main(config_path="pkg://fusion_merge.config", config_name="config", version_base="1.3")(
             partial(_job, tracebacks)
         )()
@@ -125,7 +126,9 @@ def _output_dir(config: dict[str, Any]) -> Path:
 
 def _open(argument: str) -> str:
     """Let overrides add names to the tables that users fill."""
-    key = argument.partition("=")[0]
+    key, equals, value = argument.partition("=")
+    if key in _GROUPS and equals and value in ("", "null"):
+        raise ConfigError(f"`{key}`={value or None} names no preset; choose one with `{key}=NAME`")
     return f"++{argument}" if key.startswith(tuple(f"{table}." for table in _OPEN_TABLES)) else argument
 
 
@@ -134,27 +137,38 @@ def _explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).partition("/")
         return f"`{group}={name}` is not a preset; {nearest(name, error.options or [])}"
-    message = str(error)
+    if found := re.search(r"Could not override '([^']+)'", str(error)):
+        return _explain_key(found[1])
     cause = error.__cause__
-    if isinstance(error, ConfigCompositionException) and (found := re.search(r"Could not override '([^']+)'", message)):
-        key = found[1]
-        parent, _, name = key.rpartition(".")
-        siblings = [str(k) for k in _keys_at(parent)]
-        if siblings and name not in siblings:
-            return f"`{key}` is not an option; {nearest(name, siblings)}"
-    if isinstance(cause, Exception) and str(cause) not in message:
-        message = f"{message}: {cause}"
-    return message
+    messages = [str(error)]
+    if isinstance(cause, Exception) and str(cause) not in messages[0]:
+        messages.append(str(cause))
+    if found := re.match(r"Error merging override ([^=\s]+)=(\S*)", messages[0]):
+        messages = [f"`{found[1]}`={found[2]} is not possible:", *messages[1:]]
+    lines = [line for message in messages for line in message.splitlines()]
+    details = ("full_key:", "object_type=", "reference_type=")
+    return " ".join(line.strip() for line in lines if line.strip() and not line.strip().startswith(details))
 
 
-def _keys_at(parent: str) -> list[Any]:
-    """Return the keys of one part of the configuration that the rest of the command line selects."""
+def _explain_key(key: str) -> str:
+    """Return what is wrong with the key of an override: the first part that does not exist, and the nearest."""
+    config = _selected_config()
+    parts = key.lstrip("+~").split(".")
+    for depth, part in enumerate(parts):
+        node = OmegaConf.select(config, ".".join(parts[:depth])) if depth else config
+        if not isinstance(node, DictConfig):
+            break
+        if part not in node:
+            return f"`{'.'.join(parts[: depth + 1])}` is not an option; {nearest(part, map(str, node))}"
+    return f"`{key}` cannot be set; see `--cfg job` for what can"
+
+
+def _selected_config() -> DictConfig:
+    """Return the configuration that the presets on the command line give, before other overrides."""
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
-    groups = [a for a in sys.argv[1:] if re.match(r"^(method|modelpool|taskpool)=", a)]
+    presets = [a for a in sys.argv[1:] if a.partition("=")[0] in _GROUPS]
     with initialize_config_module("fusion_merge.config", version_base="1.3"):
-        config = compose("config", overrides=groups)
-    node = OmegaConf.select(config, parent) if parent else config
-    return list(node) if isinstance(node, DictConfig) else []
+        return compose("config", overrides=presets)

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fusion_merge.errors import FusionMergeError
+from safetensors import SafetensorError
+
+from fusion_merge.errors import ConfigError, FusionMergeError
 
 
 @contextmanager
@@ -33,10 +35,28 @@ def atomic(path: Path | str) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(target)
-    except OSError as error:
-        raise FusionMergeError(f"cannot write `{target}`: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise FusionMergeError(f"cannot write `{target}`: {getattr(error, 'strerror', None) or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path | str, what: str) -> None:
+    """Refuse a path that could not be written, before work is done that would be lost.
+
+    Args:
+        path: a file or folder that need not exist yet.
+        what: the option that names it, for the error.
+
+    Raises:
+        ConfigError: if what is there already is in the way, or not writable.
+    """
+    target = Path(path).expanduser().absolute()
+    existing = next(p for p in (target, *target.parents) if p.exists())
+    if existing != target and not existing.is_dir():
+        raise ConfigError(f"`{what}`={str(path)!r} cannot be written: `{existing}` is a file, not a folder")
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"`{what}`={str(path)!r} cannot be written: no permission for `{existing}`")
 
 
 def write_text(path: Path | str, text: str) -> None:

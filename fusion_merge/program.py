@@ -21,7 +21,7 @@ from torch import nn
 
 from fusion_merge.adaptation.runtime import make_fabric, placement_of
 from fusion_merge.errors import ConfigError
-from fusion_merge.files import write_text
+from fusion_merge.files import check_writable, write_text
 from fusion_merge.methods.base import Method
 from fusion_merge.methods.task_arithmetic import TaskArithmeticAlgorithm
 from fusion_merge.models.clip import save_tower
@@ -66,9 +66,18 @@ class FusionProgram:
         Raises:
             FusionMergeError: if pool, tasks and method do not fit.
         """
-        self.modelpool.check(self.method.min_models)
+        self.method.check(self.modelpool, self._tasks_for_method())
         if isinstance(self.taskpool, CLIPVisionModelTaskPool):
             self.taskpool.check()
+        for option in ("merged_model_save_path", "report_save_path"):
+            if self.config.get(option):
+                check_writable(self.config[option], option)
+        check_writable(self.output_dir, "output_dir")
+        if self.config.get("merged_model_save_path") and not self.method.makes_one_model:
+            raise ConfigError(
+                f"`merged_model_save_path`={self.config['merged_model_save_path']!r}: `{self.method.method_name}` makes one model a task, not a merged one; "
+                "its own `output` says where they go"
+            )
 
     def plan(self) -> str:
         """Return what the run is about to do, in words."""
@@ -91,6 +100,7 @@ class FusionProgram:
         fabric = make_fabric(**self.config["fabric"], log_dir=self.output_dir / "logs")
         if fabric.is_global_zero:
             log.info("%s\n", self.plan())
+            self._clear()
             write_text(self.output_dir / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False))
         with self._phase("method"):
             model = self.method.run(self.modelpool, self._tasks_for_method(), fabric)
@@ -104,6 +114,11 @@ class FusionProgram:
             self._write(report, model, fabric)
         return report
 
+    def _clear(self) -> None:
+        """Remove what an earlier run left in the same folder, so that nothing old stands beside the new report."""
+        for name in ("report.json", "report.md", "routing.png", "loss.png", "logs/metrics.csv"):
+            (self.output_dir / name).unlink(missing_ok=True)
+
     def _tasks_for_method(self) -> CLIPVisionModelTaskPool | None:
         return self.taskpool if isinstance(self.taskpool, CLIPVisionModelTaskPool) else None
 
@@ -111,14 +126,9 @@ class FusionProgram:
         folder = self.config.get("merged_model_save_path")
         if not folder or not fabric.is_global_zero:
             return
-        if isinstance(model, TaskModels):
-            raise ConfigError(
-                f"`merged_model_save_path`={folder!r}: `{self.method.method_name}` makes one model a task, "
-                "not a merged one; its own `output` says where they go"
-            )
         if isinstance(model, MergedCLIPVisionModel):
             model.save_pretrained(folder)
-        else:
+        elif isinstance(model, nn.Module):
             save_tower(model, Path(folder).expanduser())
         log.info("merged model saved to %s", folder)
 

@@ -100,6 +100,8 @@ def object_from_config(config: Mapping[str, Any], what: str) -> Any:
         cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"`{what}._target_`={target!r} cannot be imported: {error}") from error
+    if not callable(cls):
+        raise ConfigError(f"`{what}._target_`={target!r} is a {type(cls).__name__}, not a class")
     options = {key: value for key, value in config.items() if key not in _HYDRA_KEYS}
     known = inspect.signature(cls).parameters
     for key in options:
@@ -115,9 +117,17 @@ def _scan() -> None:
     global _scanned
     if _scanned:
         return
-    _scanned = True
     package = importlib.import_module("fusion_merge.methods")
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
     for entry_point in entry_points(group=ENTRY_POINTS):
-        entry_point.load()
+        try:
+            entry_point.load()
+        except ConfigError:
+            raise
+        except Exception as error:  # a package of somebody else's may fail in any way
+            raise ConfigError(
+                f"the method `{entry_point.name}` of another package ({entry_point.value}) cannot be loaded: {error}; "
+                "mend or uninstall that package"
+            ) from error
+    _scanned = True

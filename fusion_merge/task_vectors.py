@@ -7,6 +7,7 @@ never shared with the result where the result differs from them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from decimal import Decimal
 
 import torch
 from torch import Tensor
@@ -125,16 +126,13 @@ def magnitude_prune(tensor: Tensor, prune_ratio: float) -> Tensor:
     """
     if not 0.0 <= prune_ratio < 1.0:
         raise ConfigError(f"`prune_ratio`={prune_ratio} is outside [0, 1); 0.9 keeps the largest tenth")
-    magnitude = tensor.detach().abs().flatten()  # (numel,)
-    if magnitude.numel() == 0:
+    if tensor.numel() == 0:
         return tensor.clone()
-    position = prune_ratio * (magnitude.numel() - 1)
-    lower = int(position)
-    threshold = torch.kthvalue(magnitude.float(), lower + 1).values
-    if position > lower:
-        upper = torch.kthvalue(magnitude.float(), lower + 2).values
-        threshold = torch.lerp(threshold, upper, position - lower)
-    return torch.where(tensor.abs() > threshold, tensor, torch.zeros_like(tensor))
+    magnitude = tensor.detach().abs()
+    magnitude = magnitude if magnitude.dtype == torch.float64 else magnitude.float()
+    below = int(Decimal(str(prune_ratio)) * (tensor.numel() - 1))  # 0.29 of 100 is 29, and floats say 28.999…
+    threshold = torch.kthvalue(magnitude.flatten(), below + 1).values  # no entry lies between this and the quantile
+    return torch.where(magnitude <= threshold, torch.zeros_like(tensor), tensor)
 
 
 def truncated_svd(matrix: Tensor, rank: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
+_cache = tempfile.TemporaryDirectory(prefix="fusion_merge_tests_")
+os.environ["HF_DATASETS_CACHE"] = _cache.name  # before `datasets` is imported; the user's own cache stays as it is
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
-from pathlib import Path
-
+# ruff: noqa: E402
 import numpy as np
 import pytest
 import torch
+
+pytest.register_assert_rewrite("helpers", "runs")
+
 from helpers import TASKS, write_processor
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel

@@ -1,7 +1,7 @@
 """Pretrain the small CLIP of the embedded pool `tiny8`, offline, in about ten minutes on two cores.
 
 1. A byte-pair vocabulary is made from the prompts of all ten tasks.
-2. The text tower learns to keep the class prompts apart, and is frozen. (A random one gives nearly equal embeddings.)
+2. The text tower learns to keep the class prompts apart (a random one hardly does), and is frozen.
 3. The vision tower learns to match a few strongly distorted images of every task with their captions.
 4. Scales are balanced without changing the function, so that fine-tuning moves the MLPs most (see `balance`).
 
@@ -29,7 +29,7 @@ from fusion_merge.zoo import tiny8
 log = logging.getLogger("pretrain")
 
 ALL_TASKS = tiny8.TASKS + tiny8.UNSEEN_TASKS
-IMAGES_PER_CLASS = dict(zip(ALL_TASKS, (60, 60, 60, 40, 40, 20, 12, 20, 40, 20), strict=True))
+IMAGES_PER_CLASS = dict(zip(ALL_TASKS, (100, 120, 80, 80, 80, 30, 20, 30, 60, 20), strict=True))
 TASK_WEIGHTS = dict(zip(ALL_TASKS, (1.5, 1.5, 1.0, 2.0, 2.0, 0.6, 0.4, 0.6, 1.0, 0.3), strict=True))
 LOGIT_SCALE = 20.0
 CONTEXT = 32
@@ -40,10 +40,12 @@ CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """Make CLIP's kind of tokenizer with a small vocabulary: all bytes, and the merges found in the prompts."""
+    """Make a tokenizer like CLIP's with a small vocabulary: all bytes, and the merges found in the prompts."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    prompts = [t.format(c) for task in ALL_TASKS for t in tiny8.templates(task) for c in tiny8.classnames(task)]
+    prompts = [
+        t.format(c) for task in ALL_TASKS for t in tiny8.templates(task) for c in tiny8.classnames(task)
+    ]
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
     learner.normalizer = normalizers.Lowercase()
     words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
@@ -95,7 +97,9 @@ def embed_classes(model: CLIPModel, tokenizer: CLIPTokenizer, task: str) -> Tens
     """Embed the classes of a task: the mean over its templates. Shape: (classes, PROJECTION)."""
     names, templates = tiny8.classnames(task), tiny8.templates(task)
     tokens = tokenizer([t.format(n) for n in names for t in templates], padding=True, return_tensors="pt")
-    pooled = model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
+    pooled = model.text_model(
+        input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+    ).pooler_output
     embeddings = F.normalize(model.text_projection(pooled), dim=-1)
     return F.normalize(embeddings.view(len(names), len(templates), -1).mean(1), dim=-1)
 
@@ -154,7 +158,12 @@ def distort(images: Tensor, generator: torch.Generator, strength: float = 0.8) -
 
 
 def pretrain_vision(
-    model: CLIPModel, tokenizer: CLIPTokenizer, steps: int, lr: float = 2e-3, batch_size: int = 128, seed: int = 0
+    model: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    steps: int,
+    lr: float = 2e-3,
+    batch_size: int = 128,
+    seed: int = 0,
 ) -> None:
     """Train the vision tower and its projection: cross-entropy over the captions of all tasks together."""
     generator = torch.Generator().manual_seed(seed)
@@ -164,7 +173,9 @@ def pretrain_vision(
     pool = [few_images(task) for task in ALL_TASKS]
     images = torch.cat([x for x, _ in pool])
     labels = torch.cat([y + int(start) for (_, y), start in zip(pool, starts, strict=False)])
-    shares = torch.cat([torch.full((len(y),), TASK_WEIGHTS[t] / len(y)) for t, (_, y) in zip(ALL_TASKS, pool, strict=True)])
+    shares = torch.cat(
+        [torch.full((len(y),), TASK_WEIGHTS[t] / len(y)) for t, (_, y) in zip(ALL_TASKS, pool, strict=True)]
+    )
     model.requires_grad_(False)
     parameters = [*model.vision_model.parameters(), *model.visual_projection.parameters()]
     for parameter in parameters:
@@ -185,21 +196,24 @@ def pretrain_vision(
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps:
-            log.info("step %d of %d: loss %.3f, %.0f s", step, steps, loss.item(), time.perf_counter() - start)
+            log.info(
+                "step %d of %d: loss %.3f, %.0f s", step, steps, loss.item(), time.perf_counter() - start
+            )
 
 
 @torch.no_grad()
-def balance(model: CLIPModel, embeddings: float = 8.0, attention: float = 3.0) -> None:
-    """Scale weights up where a layer norm takes the scale out again; the function stays the same.
+def balance(model: CLIPModel, embeddings: float = 8.0, attention: float = 3.0, mlp: float = 3.0) -> None:
+    """Move scales between weights and the layer norms before or after them; the function stays the same.
 
-    Adam moves every weight by about the learning rate, so larger weights change less. Large models have this
-    balance by their width; in a small one the embeddings and the attention would move too far, and what no expert
-    can repair (all that stays statically merged) would spoil the merged model.
+    Adam moves every weight by about the learning rate, so larger weights change less in proportion. In a small
+    model, embeddings and attention would move too far otherwise; as they are merged statically, no expert could
+    make up for it.
 
     Args:
         model: changed in place.
         embeddings: factor of the embeddings; `pre_layrnorm` follows them.
         attention: factor of the q, k and v projections; the layer norm before them is divided by it.
+        mlp: divisor of the first linear layer of each MLP; the layer norm before it is multiplied by it.
     """
     tower = model.vision_model
     for weight in (
@@ -213,6 +227,9 @@ def balance(model: CLIPModel, embeddings: float = 8.0, attention: float = 3.0) -
         layer.layer_norm1.bias /= attention
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
             projection.weight *= attention
+        layer.layer_norm2.weight *= mlp
+        layer.layer_norm2.bias *= mlp
+        layer.mlp.fc1.weight /= mlp
 
 
 def save(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
@@ -221,7 +238,9 @@ def save(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     copy.deepcopy(model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     size = tiny8.SIZE
-    CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(folder)
+    CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    ).save_pretrained(folder)
     bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     (folder / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in bpe["merges"])]
@@ -230,9 +249,11 @@ def save(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 def main() -> None:
     """Run all steps."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path, help="folder of the pretrained model")
-    parser.add_argument("--steps", type=int, default=1100, help="steps of the vision tower")
+    parser.add_argument("--steps", type=int, default=2600, help="steps of the vision tower")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

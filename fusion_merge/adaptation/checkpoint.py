@@ -45,6 +45,19 @@ def save_routers(path: Path | str, model: nn.Module, belongs_to: Mapping[str, An
         save_file(tensors, temporary, metadata=metadata)
 
 
+def check_routers(path: Path | str, belongs_to: Mapping[str, Any]) -> None:
+    """Refuse a router checkpoint that does not fit, from its header alone.
+
+    Args:
+        path: what `save_routers` wrote.
+        belongs_to: what the routers must fit.
+
+    Raises:
+        CheckpointError: if the file cannot be read or does not fit; the message says what differs.
+    """
+    _read(path, belongs_to)
+
+
 def load_routers(path: Path | str, model: nn.Module, belongs_to: Mapping[str, Any]) -> None:
     """Read routers into a model.
 
@@ -56,27 +69,31 @@ def load_routers(path: Path | str, model: nn.Module, belongs_to: Mapping[str, An
     Raises:
         CheckpointError: if the file cannot be read or does not fit; the message says what differs.
     """
+    tensors = _read(path, belongs_to, tensors=True)
+    own = router_state(model)
+    if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in own.items()}:
+        raise CheckpointError(f"router checkpoint `{path}` has routers of other shapes than this model")
+    for name, parameter in own.items():
+        parameter.data.copy_(tensors[name])
+
+
+def _read(path: Path | str, belongs_to: Mapping[str, Any], *, tensors: bool = False) -> dict[str, Tensor]:
+    """Check what a file belongs to; return its tensors, if they are wanted."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise CheckpointError(f"router checkpoint `{file}` does not exist")
     try:
         with safe_open(file, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            stored = json.loads(metadata.get("fusion_merge", "null"))
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            stored = json.loads((handle.metadata() or {}).get("fusion_merge", "null"))
+            found = {name: handle.get_tensor(name) for name in (list(handle.keys()) if tensors else [])}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"cannot read router checkpoint `{file}`: {str(error).splitlines()[0]}") from error
     if not isinstance(stored, dict):
         raise CheckpointError(f"`{file}` is not a router checkpoint: it does not say what its routers belong to")
     expected = json.loads(json.dumps({"version": FORMAT, **belongs_to}))
-    if differences := list(_differences(stored, expected)):
+    if differences := _differences(stored, expected):
         raise CheckpointError(f"router checkpoint `{file}` does not fit: " + "; ".join(differences))
-    own = router_state(model)
-    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
-    if shapes != {n: tuple(p.shape) for n, p in own.items()}:
-        raise CheckpointError(f"router checkpoint `{file}` has routers of other shapes than this model")
-    for name, parameter in own.items():
-        parameter.data.copy_(tensors[name])
+    return found
 
 
 def _differences(stored: Any, expected: Any, path: str = "") -> list[str]:

@@ -91,8 +91,10 @@ def adapt(
 
     Raises:
         AdaptationError: if the loss of a task is not a number; the parameters stay as they were before that step.
-        ConfigError: if there is no such optimizer.
+        ConfigError: if there is no such optimizer, or no task.
     """
+    if not streams:
+        raise ConfigError("there is no task to adapt on; give at least one")
     record = AdaptationRecord(entropy={name: [] for name in streams})
     guard = CollapseGuard({name: stream.num_classes for name, stream in streams.items()})
     wrapped, optim = fabric.setup(model, make_optimizer(optimizer, parameters, lr))
@@ -104,24 +106,26 @@ def adapt(
         unit="step",
         disable=None if fabric.is_global_zero else True,
     )
-    with _interruptible() as interrupted, bar:
-        for step in bar:
-            metrics = _step(wrapped, optim, streams, fabric, objective, step, guard, use_grad_accumulate)
-            record.steps = step + 1
-            record.collapsed = guard.collapsed
-            for name in streams:
-                record.entropy[name].append(metrics[f"entropy/{name}"])
-            bar.set_postfix(entropy=f"{metrics['entropy/mean']:.3f}")
-            log_metrics(fabric, metrics, step)
-            if interrupted.is_set():
-                record.interrupted = True
-                log.warning(
-                    "interrupted after step %d of %d: going on with the routers as they are",
-                    step + 1,
-                    max_steps,
-                )
-                break
-    finish_logs(fabric)
+    try:
+        with _interruptible() as interrupted, bar:
+            for step in bar:
+                metrics = _step(wrapped, optim, streams, fabric, objective, step, guard, use_grad_accumulate)
+                record.steps = step + 1
+                record.collapsed = guard.collapsed
+                for name in streams:
+                    record.entropy[name].append(metrics[f"entropy/{name}"])
+                bar.set_postfix(entropy=f"{metrics['entropy/mean']:.3f}")
+                log_metrics(fabric, metrics, step)
+                if interrupted.is_set():
+                    record.interrupted = True
+                    log.warning(
+                        "interrupted after step %d of %d: going on with the routers as they are",
+                        step + 1,
+                        max_steps,
+                    )
+                    break
+    finally:
+        finish_logs(fabric)
     record.seconds = time.perf_counter() - start
     return record
 

@@ -85,7 +85,9 @@ def log_metrics(fabric: Fabric, metrics: dict[str, Any], step: int) -> None:
         step: the step they belong to.
     """
     if fabric.loggers and fabric.is_global_zero:
-        fabric.log_dict(metrics, step)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a folder that holds logs already is what `output_dir` may ask for
+            fabric.log_dict(metrics, step)
 
 
 def finish_logs(fabric: Fabric) -> None:

@@ -29,6 +29,7 @@ class Method(ABC):
 
     method_name: ClassVar[str]
     min_models: ClassVar[int] = 2
+    makes_one_model: ClassVar[bool] = True
 
     name: str | None = option(None, help="a name of this method; accepted as fusion_bench's configs give one")
 
@@ -44,6 +45,18 @@ class Method(ABC):
             raise ConfigError(
                 f"`name`={self.name!r} is not a name of `{self.method_name}`; {nearest(self.name, names)}"
             )
+
+    def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
+        """Refuse what does not fit, before anything is computed or written; `run` does so too.
+
+        Args:
+            modelpool: the models.
+            taskpool: the tasks.
+
+        Raises:
+            FusionMergeError: if the pool does not fit.
+        """
+        modelpool.check(self.min_models)
 
     @abstractmethod
     def run(

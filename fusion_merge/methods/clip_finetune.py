@@ -12,6 +12,7 @@ from torch import nn
 
 from fusion_merge.adaptation.finetune import finetune
 from fusion_merge.adaptation.runtime import make_fabric, placement_of
+from fusion_merge.files import check_writable
 from fusion_merge.methods.base import Method
 from fusion_merge.models.clip import build_tower, module_state, save_tower
 from fusion_merge.models.task_models import TaskModels
@@ -44,6 +45,7 @@ class CLIPFinetuneAlgorithm(Method):
     """
 
     min_models: ClassVar[int] = 0
+    makes_one_model: ClassVar[bool] = False
 
     output: str | None = option(None, help="folder for the towers, one subfolder a task; null keeps them in memory")
     dtype: str = option("float32", help="precision of the stored weights", choices=tuple(_DTYPES))
@@ -57,6 +59,13 @@ class CLIPFinetuneAlgorithm(Method):
     seed: int = option(0, help="of the image order", minimum=0)
     fast_dev_run: bool = option(False, help="take a single step a task, to try things out")
 
+    def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
+        """See `Method.check`: the training images, and where the towers will go."""
+        super().check(modelpool, taskpool)
+        modelpool.task_pool("train").check()
+        if self.output is not None:
+            check_writable(self.output, "method.output")
+
     def run(
         self,
         modelpool: CLIPVisionModelPool,
@@ -64,9 +73,8 @@ class CLIPFinetuneAlgorithm(Method):
         fabric: Fabric | None = None,
     ) -> TaskModels:
         """See `Method.run`: fine-tune on the pool's `train_datasets`, one task after the other."""
-        modelpool.check(self.min_models)
+        self.check(modelpool, taskpool)
         tasks = modelpool.task_pool("train")
-        tasks.check()
         fabric = fabric if fabric is not None else make_fabric()
         towers: dict[str, nn.Module] = {}
         for index, name in enumerate(tasks.task_names):

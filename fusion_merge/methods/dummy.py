@@ -31,5 +31,5 @@ class DummyAlgorithm(Method):
         fabric: Fabric | None = None,
     ) -> nn.Module:
         """See `Method.run`."""
-        modelpool.check(self.min_models)
+        self.check(modelpool, taskpool)
         return modelpool.load_pretrained_model()

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from fusion_merge.adaptation.checkpoint import load_routers, save_routers
+from fusion_merge.adaptation.checkpoint import check_routers, load_routers, save_routers
 from fusion_merge.adaptation.loop import OPTIMIZERS, AdaptationRecord, TaskStream, adapt
 from fusion_merge.adaptation.objectives import OBJECTIVES, make_objective
 from fusion_merge.adaptation.runtime import make_fabric, placement_of
 from fusion_merge.errors import ConfigError
+from fusion_merge.files import check_writable
 from fusion_merge.methods.base import Method
 from fusion_merge.models.clip import build_tower, vision_backbone
 from fusion_merge.models.merged import MergedCLIPVisionModel
@@ -106,12 +107,15 @@ class MoEMethod(Method):
             model: the model, changed in place.
         """
 
-    def check(self, modelpool: CLIPVisionModelPool) -> None:
-        """Check what can be checked before any weight is read; by default nothing.
-
-        Args:
-            modelpool: the pool.
-        """
+    def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
+        """See `Method.check`: also the images to adapt on, or the checkpoint to load instead."""
+        super().check(modelpool, taskpool)
+        if self.checkpoint:
+            check_routers(str(self.checkpoint), self._belongs_to(modelpool))
+        elif self.max_steps > 0:
+            self._adaptation_tasks(modelpool, taskpool).check()
+        if self.save_checkpoint:
+            check_writable(str(self.save_checkpoint), "method.save_checkpoint")
 
     def run(
         self,
@@ -129,16 +133,14 @@ class MoEMethod(Method):
         Raises:
             FusionMergeError: if pool, tasks or checkpoint do not fit.
         """
-        modelpool.check(self.min_models)
-        self.check(modelpool)
+        self.check(modelpool, taskpool)
         fabric = fabric if fabric is not None else make_fabric(devices=self.devices)
-        tasks = self._adaptation_tasks(modelpool, taskpool)
         model = self.build(modelpool)
         self.record = None
         if self.checkpoint:
             load_routers(str(self.checkpoint), model, self._belongs_to(modelpool))
-        elif tasks is not None:
-            self._adapt(model, modelpool.model_names, tasks, fabric)
+        elif self.max_steps > 0:
+            self._adapt(model, modelpool.model_names, self._adaptation_tasks(modelpool, taskpool), fabric)
             self.after_adaptation(model)
         set_routing(model, Routing.BATCH if self.inference_batch_reduce else Routing.SAMPLE)
         if self.save_checkpoint and fabric.is_global_zero:
@@ -182,10 +184,8 @@ class MoEMethod(Method):
 
     def _adaptation_tasks(
         self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None
-    ) -> CLIPVisionModelTaskPool | None:
-        """Return the tasks to adapt on, their data opened; none if there is nothing to adapt."""
-        if self.checkpoint or self.max_steps == 0:
-            return None
+    ) -> CLIPVisionModelTaskPool:
+        """Return the pool whose images are adapted on."""
         own, names = modelpool.test_datasets, modelpool.model_names
         if taskpool is None and not own:
             raise ConfigError(

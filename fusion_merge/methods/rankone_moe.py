@@ -15,6 +15,7 @@ from fusion_merge.moe.experts import TaskVector
 from fusion_merge.moe.upcycle import MakeRouter
 from fusion_merge.options import option
 from fusion_merge.pools.model_pool import CLIPVisionModelPool
+from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 from fusion_merge.registry import register_method
 
 
@@ -45,8 +46,8 @@ class RankOneMoEAlgorithm(MoEMethod):
     )
     svd_accelerator: str = option("auto", help="where to decompose: auto, cpu, cuda, …")
 
-    def check(self, modelpool: CLIPVisionModelPool) -> None:
-        """See `MoEMethod.check`: rank and selection against the width of the tower."""
+    def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
+        """See `Method.check`: rank and selection against the width of the tower."""
         config = modelpool.config()
         limit = min(config.hidden_size, config.intermediate_size)
         if self.rank_k == 0 or self.rank_k > limit:
@@ -61,6 +62,7 @@ class RankOneMoEAlgorithm(MoEMethod):
                 f"choose 1-{experts}, or -1 for all of them"
             )
         _svd_device(self.svd_accelerator)
+        super().check(modelpool, taskpool)
 
     def make_experts(self, path: str, task_vectors: Sequence[TaskVector]) -> LowRankExperts:
         """See `MoEMethod.make_experts`."""

@@ -36,7 +36,7 @@ class SimpleAverageAlgorithm(Method):
         fabric: Fabric | None = None,
     ) -> nn.Module:
         """See `Method.run`."""
-        modelpool.check(self.min_models)
+        self.check(modelpool, taskpool)
         finetuned = [modelpool.state(name) for name in modelpool.model_names]
         state = simple_average(modelpool.state(PRETRAINED), finetuned)
         return build_tower(modelpool.config(), state, where="the merge").requires_grad_(False)

@@ -39,7 +39,7 @@ class TaskArithmeticAlgorithm(Method):
         fabric: Fabric | None = None,
     ) -> nn.Module:
         """See `Method.run`."""
-        modelpool.check(self.min_models)
+        self.check(modelpool, taskpool)
         finetuned = [modelpool.state(name) for name in modelpool.model_names]
         state = task_arithmetic(modelpool.state(PRETRAINED), finetuned, self.scaling_factor)
         return build_tower(modelpool.config(), state, where="the merge").requires_grad_(False)

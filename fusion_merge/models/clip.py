@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -122,6 +123,23 @@ def vision_config(config: Mapping[str, Any], *, where: str) -> CLIPVisionConfig:
     raise ModelError(
         f"`model_type` is {kind!r} in the config of {where}; a CLIP model has `clip` or `clip_vision_model`"
     )
+
+
+def check_whole_clip(config: Mapping[str, Any], *, where: str) -> None:
+    """Refuse a model without a text tower, by its configuration.
+
+    Args:
+        config: the content of a `config.json`.
+        where: where it comes from, for errors.
+
+    Raises:
+        ModelError: if it is not a whole CLIP model.
+    """
+    if config.get("model_type") != "clip":
+        raise ModelError(
+            f"{where} is a {config.get('model_type')!r}, and has no text tower to make heads of; "
+            "give a whole CLIP model as `clip_model` of the task pool"
+        )
 
 
 def vision_backbone(model: nn.Module) -> nn.Module:
@@ -293,12 +311,12 @@ def load_clip(path: str, *, where: str, **hub_options: Any) -> CLIPModel:
         with _no_progress():
             loaded: Any = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **hub_options)
         model, info = loaded
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot read {where} as a CLIP model: {error}") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{where} lacks `{missing[0]}` and {len(missing) - 1} more tensors of a whole CLIP model; "
-            "give a checkpoint with its text tower"
+            "give a checkpoint that has its text tower, as `clip_model`"
         )
     return model.eval().requires_grad_(False)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModel, PretrainedConfig, PreTrainedModel
 
@@ -19,6 +20,7 @@ from fusion_merge.moe.router import LayerEncodedRouter, Router
 from fusion_merge.moe.upcycle import find_mlps
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+_PASSED_ALONG = ("adapter_kwargs", "trust_remote_code", "safe_serialization", "save_peft_format")
 
 
 class MergedCLIPVisionConfig(PretrainedConfig):
@@ -153,6 +155,10 @@ class MergedCLIPVisionModel(PreTrainedModel):
             return
         if not kwargs.get("safe_serialization", True):
             raise ConfigError("`safe_serialization`=False is not possible: only safetensors are written")
+        known = {
+            k: kwargs.pop(k) for k in ("max_shard_size", "is_main_process", "push_to_hub", "repo_id") if k in kwargs
+        }
+        _refuse_unknown(kwargs, f"{type(self).__name__}.save_pretrained")
         folder = Path(save_directory).expanduser()
         for name, layer in moe_layers(self.vision_model).items():
             self.config.moe[name] = layer.spec()  # the routing may have been changed
@@ -160,7 +166,7 @@ class MergedCLIPVisionModel(PreTrainedModel):
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
                 state = {name: t.detach().to("cpu").contiguous() for name, t in self.own_state().items()}
-                save_torch_state_dict(state, temporary, max_shard_size=kwargs.get("max_shard_size", "5GB"))
+                save_torch_state_dict(state, temporary, max_shard_size=known.get("max_shard_size") or "5GB")
                 self.config.architectures = [type(self).__name__]
                 self.config.save_pretrained(temporary)
                 files = sorted(Path(temporary).iterdir(), key=lambda f: f.name == "config.json")  # the last one
@@ -168,10 +174,13 @@ class MergedCLIPVisionModel(PreTrainedModel):
                     file.replace(folder / file.name)
                 for stale in set(folder.glob("model*.safetensors*")) - {folder / f.name for f in files}:
                     stale.unlink()
-        except OSError as error:
-            raise FusionMergeError(f"cannot write `{folder}`: {error.strerror or error}") from error
-        if kwargs.get("push_to_hub"):
-            self.push_to_hub(kwargs.get("repo_id", folder.name))
+        except (OSError, SafetensorError) as error:
+            raise FusionMergeError(
+                f"cannot write `{folder}`: {getattr(error, 'strerror', None) or error}; choose another place"
+            ) from error
+        if known.get("push_to_hub"):
+            hub: Any = self
+            hub.push_to_hub(known.get("repo_id") or folder.name)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -187,15 +196,11 @@ class MergedCLIPVisionModel(PreTrainedModel):
         Raises:
             CheckpointError: if the files do not hold exactly the tensors of the model.
         """
-        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        revision = kwargs.pop("revision", None)
-        for name in _HUB_OPTIONS:
-            kwargs.pop(name, None)
-        kwargs = {k: v for k, v in kwargs.items() if not k.startswith("_") and k not in {"trust_remote_code"}}
-        if kwargs:
-            raise ConfigError(f"`{next(iter(kwargs))}` is not an option of {cls.__name__}.from_pretrained")
-        source = f"{pretrained_model_name_or_path}" + (f"@{revision}" if revision else "")
-        files = find_files(source)
+        dtype = _dtype(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
+        hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+        _refuse_unknown(kwargs, f"{cls.__name__}.from_pretrained")
+        source = str(pretrained_model_name_or_path)
+        files = find_files(source, **{name: value for name, value in hub_options.items() if value is not None})
         if files.config.get("model_type") != MergedCLIPVisionConfig.model_type:
             raise CheckpointError(
                 f"`{source}` holds a model of type {files.config.get('model_type')!r}, not a merged one; "
@@ -207,9 +212,26 @@ class MergedCLIPVisionModel(PreTrainedModel):
         _install_empty_layers(tower, own_config)
         model = cls(own_config, tower)
         _load_exactly(model, LazyState(files.weights, lambda names: {n: n for n in names}, None), source)
-        if isinstance(dtype, torch.dtype):
-            nn.Module.to(model, dtype)
+        if dtype is not None:
+            module: nn.Module = model
+            module.to(dtype)
         return model.eval()
+
+
+def _dtype(*given: Any) -> torch.dtype | None:
+    """Return the dtype that was asked for, by object or by name; `auto` and None mean as it is stored."""
+    wanted = next((value for value in given if value not in (None, "auto")), None)
+    found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    if wanted is not None and not isinstance(found, torch.dtype):
+        raise ConfigError(f"`dtype`={wanted!r} is not a dtype; choose float32, float16, bfloat16 or auto")
+    return found
+
+
+def _refuse_unknown(options: dict[str, Any], where: str) -> None:
+    """Refuse options that are not known; what transformers passes along without a value is not one."""
+    for name, value in options.items():
+        if value is not None and not name.startswith("_") and name not in _PASSED_ALONG:
+            raise ConfigError(f"`{name}` is not an option of {where}")
 
 
 def _load_exactly(model: MergedCLIPVisionModel, state: LazyState, source: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -57,11 +58,13 @@ def split_source(source: str) -> tuple[str, str | None]:
     return match["id"], match["revision"]
 
 
-def find_files(source: str) -> ModelFiles:
+def find_files(source: str, *, subfolder: str = "", **hub_options: Any) -> ModelFiles:
     """Find the configuration and the weight files of a model.
 
     Args:
         source: as in `split_source`.
+        subfolder: where in the folder or repository the model is.
+        **hub_options: `revision`, `token`, `cache_dir` and the like, for the hub.
 
     Raises:
         ModelError: if something is missing; the message names it.
@@ -71,26 +74,39 @@ def find_files(source: str) -> ModelFiles:
         fetch = _local_fetch(Path(path).parent)
         weights: tuple[Path, ...] = (Path(path),)
     else:
-        fetch = _local_fetch(Path(path)) if Path(path).is_dir() else _hub_fetch(path, revision)
+        if Path(path).is_dir():
+            fetch = _local_fetch(Path(path) / subfolder)
+        else:
+            fetch = _hub_fetch(path, {"revision": revision, "subfolder": subfolder} | hub_options)
+            if fetch("config.json") is None:
+                raise ModelError(
+                    f"`{source}` is not a folder here and cannot be had from the hub (offline, or not there)"
+                )
         weights = _weight_files(source, fetch)
     config_file = fetch("config.json")
     if config_file is None:
         raise ModelError(f"`{source}` has no `config.json`; it is needed to know the model's shape")
+    return ModelFiles(source, _read_json(config_file), weights)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read `{config_file}`: {error}") from error
-    return ModelFiles(source, config, weights)
+        raise ModelError(f"cannot read `{file}`: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"`{file}` does not hold a table of keys")
+    return content
 
 
 def _local_fetch(folder: Path) -> Callable[[str], Path | None]:
     return lambda name: folder / name if (folder / name).is_file() else None
 
 
-def _hub_fetch(hub_id: str, revision: str | None) -> Callable[[str], Path | None]:
+def _hub_fetch(hub_id: str, options: Mapping[str, Any]) -> Callable[[str], Path | None]:
     def fetch(name: str) -> Path | None:
         try:
-            found = cached_file(hub_id, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+            found = cached_file(hub_id, name, _raise_exceptions_for_missing_entries=False, **options)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"`{hub_id}` is not a folder here and cannot be had from the hub: {str(error).splitlines()[0]}"
@@ -107,7 +123,10 @@ def _weight_files(source: str, fetch: Callable[[str], Path | None]) -> tuple[Pat
             continue
         if not name.endswith(".index.json"):
             return (file,)
-        shards = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+        table = _read_json(file).get("weight_map")
+        if not isinstance(table, dict) or not table:
+            raise ModelError(f"`{file}` has no `weight_map` that names the weight files")
+        shards = sorted(set(map(str, table.values())))
         files = tuple(fetch(shard) for shard in shards)
         if None in files:
             raise ModelError(f"`{source}` lacks `{shards[files.index(None)]}`, which `{name}` names")
@@ -158,6 +177,8 @@ class _Reader:
 def _open(file: Path) -> dict[str, _Reader]:
     try:
         return _open_safetensors(file) if file.suffix == ".safetensors" else _open_torch(file)
+    except ModelError:
+        raise
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise ModelError(f"cannot read weights from `{file}`: {str(error).splitlines()[0]}") from error
 
@@ -170,7 +191,7 @@ def _open_safetensors(file: Path) -> dict[str, _Reader]:
 
 def _open_torch(file: Path) -> dict[str, _Reader]:
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # the unpickler raises its own kinds for anything but plain tensors
         raise ModelError(f"`{file}` is not a torch file of plain tensors: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):

@@ -26,6 +26,10 @@ class Routing(StrEnum):
     SAMPLE = "sample"
     BATCH = "batch"
 
+    @classmethod
+    def _missing_(cls, value: object) -> Routing:
+        raise ConfigError(f"`routing`={value!r} is not possible; choose sample or batch")
+
 
 @final
 class MoELinear(nn.Module):

@@ -238,6 +238,11 @@ def empty_router(spec: dict[str, Any]) -> Router:
     Raises:
         ConfigError: if the kind of router is unknown.
     """
+    with torch.random.fork_rng(devices=[]):  # the weights drawn here are never used, nor missed by the user's stream
+        return _empty_router(spec)
+
+
+def _empty_router(spec: dict[str, Any]) -> Router:
     kind = spec["kind"]
     if kind == "layer_encoded":
         return LayerEncodedRouter(empty_router(spec["shared"]), spec["layer_index"], spec["dim"])

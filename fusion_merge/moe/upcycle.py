@@ -74,7 +74,7 @@ def upcycle_mlps(
         progress: called when an MLP is done.
 
     Raises:
-        ModelError: if the model has no MLP that can be upcycled.
+        ModelError: if there is no fine-tuned model, or no MLP that can be upcycled.
 
     Source: WEMoE, arXiv 2402.00433, §4; upcycling after Komatsuzaki et al. 2023.
     """
@@ -82,6 +82,8 @@ def upcycle_mlps(
     names = list(task_names) if task_names is not None else [str(i) for i in range(len(finetuned))]
     unchanged = dict.fromkeys(names, 0)
     mlps = find_mlps(model)
+    if not finetuned:
+        raise ModelError("there is no fine-tuned model to make experts of; give at least one")
     for index, (name, mlp) in enumerate(mlps.items()):
         fc1, activation, fc2 = mlp_parts(mlp)
         layers = []

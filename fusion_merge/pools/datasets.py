@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Image,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_dataset,
+    load_from_disk,
+)
 from hydra.utils import instantiate
 
 from fusion_merge.errors import DataError, nearest
@@ -76,23 +88,26 @@ def make_task(name: str, spec: Any, *, split: str | None = None) -> ImageTask:
     Raises:
         DataError: if the data cannot be read, is empty, has no labels, or more labels than class names.
     """
-    options: dict[str, Any] = {"data": spec}
-    if isinstance(spec, Mapping) and "data" in spec:
-        options = dict(spec)
-        _check_keys(name, options)
-    data = _load(name, options["data"], options.get("split") or split)
-    if len(data) == 0:
+    options = _options(name, spec)
+    data = _load(name, options["data"], options.get("split"), split)
+    try:
+        empty = len(data) == 0
+        columns = [] if empty else _columns(data)
+    except (TypeError, KeyError, IndexError) as error:
+        raise DataError(
+            f"the data of `{name}` are a {type(data).__name__}, not a dataset of images and labels"
+        ) from error
+    if empty:
         raise DataError(f"the dataset of `{name}` is empty; give one with at least one image")
-    columns = _columns(data)
-    image = options.get("image_column", _find_column(name, "image", columns, _IMAGE_COLUMNS, Image, data))
-    label = options.get("label_column", _find_column(name, "label", columns, _LABEL_COLUMNS, ClassLabel, data))
+    image = options.get("image_column") or _find_column(name, "image", columns, _IMAGE_COLUMNS, Image, data)
+    label = options.get("label_column") or _find_column(name, "label", columns, _LABEL_COLUMNS, ClassLabel, data)
     for kind, column in (("image_column", image), ("label_column", label)):
         if column not in columns:
             raise DataError(
                 f"`{kind}`={column!r} is not in the dataset of `{name}`; {nearest(str(column), map(str, columns))}"
             )
-    classnames = tuple(map(str, options.get("classnames") or _own_classnames(name, data, label)))
-    templates = tuple(options.get("templates") or _own_templates(options["data"]) or (DEFAULT_TEMPLATE,))
+    classnames = _texts(name, options, "classnames") or tuple(_own_classnames(name, data, label))
+    templates = _texts(name, options, "templates") or _own_templates(options["data"]) or (DEFAULT_TEMPLATE,)
     for template in templates:
         if "{}" not in template:
             raise DataError(f"template {template!r} of `{name}` has no `{{}}` for the class name")
@@ -100,25 +115,59 @@ def make_task(name: str, spec: Any, *, split: str | None = None) -> ImageTask:
     return ImageTask(name, data, image, label, classnames, templates)
 
 
-def _check_keys(name: str, options: Mapping[str, Any]) -> None:
-    known = {"data", "split", "classnames", "templates", "image_column", "label_column"}
-    for key in options.keys() - known:
-        raise DataError(f"`{key}` is not an option of task `{name}`; {nearest(str(key), known)}")
+def _options(name: str, spec: Any) -> dict[str, Any]:
+    """Return the parts of a spec; what is not a table of known keys is the data themselves."""
+    if spec is None:
+        raise DataError(f"task `{name}` has no data; give a path, a hub id or a dataset")
+    if not isinstance(spec, Mapping) or isinstance(spec, DatasetDict):
+        return {"data": spec}
+    if "data" not in spec and ("_target_" in spec or "path" in spec):
+        return {"data": spec}
+    known = ("data", "split", "classnames", "templates", "image_column", "label_column")
+    for key in spec:
+        if key not in known:
+            raise DataError(f"`{key}` is not an option of task `{name}`; {nearest(str(key), known)}")
+    if "data" not in spec:
+        raise DataError(f"task `{name}` has no `data`; give a path, a hub id or a dataset")
+    return dict(spec)
 
 
-def _load(name: str, data: Any, split: str | None) -> Any:
+def _texts(name: str, options: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    given = options.get(key) or ()
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise DataError(f"`{key}`={given!r} of `{name}` is not a list; write [{given}]")
+    return tuple(map(str, given))
+
+
+def _load(name: str, data: Any, split: str | None, default_split: str | None) -> Any:
     try:
-        if isinstance(data, Mapping) and not isinstance(data, DatasetDict):
-            loaded = instantiate(dict(data)) if "_target_" in data else load_dataset(**data)
-        elif isinstance(data, str | Path):
-            loaded = _load_path(str(data), split)
-        else:
-            loaded = data
-    except DataError:
-        raise
+        with _no_bars_without_a_terminal():
+            if isinstance(data, Mapping) and not isinstance(data, DatasetDict):
+                loaded = instantiate(dict(data)) if "_target_" in data else load_dataset(**data)
+            elif isinstance(data, str | Path):
+                loaded = _load_path(str(data), split or default_split)
+            else:
+                loaded = data
+    except DataError as error:
+        raise DataError(f"task `{name}`: {error}") from error
     except Exception as error:  # dataset builders raise errors of every kind
+        if "corresponds to no data" in str(error):
+            raise DataError(f"the dataset of `{name}` is empty; give one with at least one image") from error
         raise DataError(f"cannot read the dataset of `{name}` from `{data}`: {error}") from error
-    return _pick_split(name, loaded, split)
+    return _pick_split(name, loaded, split, default_split)
+
+
+@contextmanager
+def _no_bars_without_a_terminal() -> Iterator[None]:
+    """Keep `datasets` from drawing progress bars into files and pipes."""
+    quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if quiet:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if quiet:
+            enable_progress_bars()
 
 
 def _load_path(source: str, split: str | None) -> Any:
@@ -130,7 +179,7 @@ def _load_path(source: str, split: str | None) -> Any:
         return load_dataset(_builder(local), data_files=str(local))
     if local.is_dir():
         if any((local / mark).is_file() for mark in _DISK_MARKS):
-            return load_from_disk(str(local))
+            return _from_disk(local)
         if parquet := sorted(map(str, local.rglob("*.parquet"))):
             return load_dataset("parquet", data_files=_by_split(parquet))
         return load_dataset("imagefolder", data_dir=str(local))
@@ -138,6 +187,13 @@ def _load_path(source: str, split: str | None) -> Any:
         raise DataError(f"`{source}` does not exist; give a folder of images, parquet, a saved dataset or a hub id")
     hub_id, _, revision = source.partition("@")
     return load_dataset(hub_id, revision=revision or None)
+
+
+def _from_disk(folder: Path) -> Any:
+    try:
+        return load_from_disk(str(folder))
+    except IndexError:  # what `datasets` makes of a saved dataset without rows
+        return Dataset.from_dict({})
 
 
 def _zoo_task(source: str) -> tuple[Any, str]:
@@ -164,15 +220,15 @@ def _by_split(files: Sequence[str]) -> dict[str, list[str]]:
     return splits
 
 
-def _pick_split(name: str, data: Any, split: str | None) -> Any:
+def _pick_split(name: str, data: Any, split: str | None, default_split: str | None) -> Any:
+    """Take the split that was named, or the default, or the only one, or `test`."""
     if not isinstance(data, DatasetDict):
         return data
-    if split is not None and split in data:
+    if split is None:
+        only = next(iter(data)) if len(data) == 1 else "test"
+        split = default_split if default_split in data else only
+    if split in data:
         return data[split]
-    if len(data) == 1:
-        return next(iter(data.values()))
-    if split is None and "test" in data:
-        return data["test"]
     raise DataError(f"the dataset of `{name}` has the splits {', '.join(data)}; name one with `split`")
 
 
@@ -208,11 +264,11 @@ def _own_classnames(name: str, data: Any, label: str | int) -> Sequence[str]:
     raise DataError(f"the dataset of `{name}` does not name its classes; give them with `classnames`")
 
 
-def _own_templates(source: Any) -> Sequence[str]:
+def _own_templates(source: Any) -> tuple[str, ...]:
     if not (isinstance(source, str) and source.startswith(SCHEME)):
         return ()
     pool, task = _zoo_task(source)
-    return list(pool.templates(task))
+    return tuple(pool.templates(task))
 
 
 def _check_labels(name: str, data: Any, label: str | int, num_classes: int) -> None:

@@ -49,7 +49,7 @@ class ZeroShotHead(nn.Module):
         Args:
             pooled: the vision tower's pooled output.
         """
-        features = F.normalize(F.linear(pooled, self.projection), dim=-1)  # (B, P)
+        features = F.normalize(F.linear(pooled.to(self.projection.dtype), self.projection), dim=-1)  # (B, P)
         return self.logit_scale.exp() * F.linear(features, self.embeddings)  # (B, C)
 
 

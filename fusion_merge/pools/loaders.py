@@ -71,11 +71,13 @@ class TaskImages(Dataset[tuple[Tensor, int]]):
         return self._cache[index]
 
     def _read(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.task.item(index)
         try:
+            image, label = self.task.item(index)
             return self._preprocess(image), label
+        except DataError:
+            raise
         except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"cannot preprocess image {index} of `{self.task.name}`: {error}") from error
+            raise DataError(f"cannot read image {index} of `{self.task.name}`: {error}") from error
 
 
 class EndlessBatches(Sampler[list[int]]):

@@ -58,7 +58,7 @@ class CLIPVisionModelPool:
         fast_dev_run: bool = False,
         platform: str = "hf",
     ) -> None:
-        if PRETRAINED not in models:
+        if models.get(PRETRAINED) is None:
             raise ConfigError(
                 f"the model pool has no `{PRETRAINED}` among {', '.join(models) or 'nothing'}; "
                 f"give `models={{{PRETRAINED}: PATH_OR_HUB_ID, TASK: PATH_OR_HUB_ID, …}}`"
@@ -177,7 +177,7 @@ class CLIPVisionModelPool:
             datasets = self.train_datasets if split == "train" else self.test_datasets
             if not datasets:
                 raise ConfigError(f"the model pool has no `{split}_datasets`; give them, or a task pool with tasks")
-            pool = CLIPVisionModelTaskPool(datasets, fast_dev_run=self.fast_dev_run)
+            pool = CLIPVisionModelTaskPool(datasets, fast_dev_run=self.fast_dev_run, split=split)
             self.lend_pretrained(pool)
             self._task_pools[split] = pool
         return self._task_pools[split]
@@ -217,13 +217,19 @@ class CLIPVisionModelPool:
             if not state:
                 raise ModelError(f"{self._call(name)} holds no tensor of a CLIP vision tower")
             return config, state
-        module = instantiate(source) if isinstance(source, Mapping) else source
+        module = self._instantiate(name, source) if isinstance(source, Mapping) else source
         if not isinstance(module, nn.Module):
             raise ModelError(f"{self._call(name)} is a {type(module).__name__}, not a path, a hub id or a module")
         tensors = {
             n: t.to("cpu", torch.float32) if t.is_floating_point() else t for n, t in module_state(module).items()
         }
         return module_config(module), tensors
+
+    def _instantiate(self, name: str, source: Mapping[str, Any]) -> Any:
+        try:
+            return instantiate(source)
+        except Exception as error:  # what a config calls may fail in any way
+            raise ModelError(f"{self._call(name)} cannot be made from its config: {error}") from error
 
 
 def _path_of(source: ModelSource) -> str | None:

@@ -16,8 +16,15 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel
 
 from fusion_merge.errors import ConfigError, DataError, ModelError, nearest
-from fusion_merge.models.clip import Processor, load_clip, load_processor, pooled_output, split_processor
-from fusion_merge.models.sources import split_source
+from fusion_merge.models.clip import (
+    Processor,
+    check_whole_clip,
+    load_clip,
+    load_processor,
+    pooled_output,
+    split_processor,
+)
+from fusion_merge.models.sources import find_files, split_source
 from fusion_merge.models.task_models import TaskModels
 from fusion_merge.pools.datasets import ImageTask, make_task
 from fusion_merge.pools.heads import ZeroShotHead, zero_shot_head
@@ -66,6 +73,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         num_workers: the most worker processes that read images; sized to the machine.
         dataloader_kwargs: `batch_size` and `num_workers` under the names that fusion_bench uses.
         fast_dev_run: score one batch a task, to try things out.
+        split: the split to take of data that have several, where a task names none; by default `test`.
 
     Raises:
         ConfigError: if an option is out of range.
@@ -84,6 +92,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         num_workers: int = 8,
         dataloader_kwargs: Mapping[str, Any] | None = None,
         fast_dev_run: bool = False,
+        split: str | None = None,
     ) -> None:
         specs = dict(tasks or {}) | dict(test_datasets or {})
         if not specs:
@@ -91,13 +100,9 @@ class CLIPVisionModelTaskPool(TaskPool):
         for name in specs:
             if name in RESERVED:
                 raise DataError(f"a task cannot be called `{name}`: the report needs that name; choose another")
-        loader = {"batch_size": batch_size, "num_workers": num_workers} | dict(dataloader_kwargs or {})
-        for key, least in (("batch_size", 1), ("num_workers", 0)):
-            if loader[key] < least:
-                raise ConfigError(f"`{key}`={loader[key]} of the task pool is below {least}")
-        self.batch_size: int = loader["batch_size"]
-        self.num_workers: int = loader["num_workers"]
+        self.batch_size, self.num_workers = _loader_options(batch_size, num_workers, dataloader_kwargs or {})
         self.fast_dev_run = fast_dev_run
+        self.split = split
         self._clip_source = clip_model or base_model
         self._processor_source = processor
         self.specs = specs
@@ -134,7 +139,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         if name not in self.specs:
             raise DataError(f"task `{name}` is not in the task pool; {nearest(name, self.specs)}")
         if name not in self._tasks:
-            self._tasks[name] = make_task(name, self.specs[name])
+            self._tasks[name] = make_task(name, self.specs[name], split=self.split)
         return self._tasks[name]
 
     def images(self, name: str) -> TaskImages:
@@ -168,6 +173,7 @@ class CLIPVisionModelTaskPool(TaskPool):
                 "the task pool knows no CLIP model with a text tower for its heads; "
                 "give `clip_model` as a folder or hub id"
             )
+        check_whole_clip(find_files(source).config, where=f"`{source}`")
         path, revision = split_source(source)
         return load_clip(path, where=f"`{source}`", **({"revision": revision} if revision else {}))
 
@@ -181,9 +187,16 @@ class CLIPVisionModelTaskPool(TaskPool):
         return load_processor(path, where=f"`{source}`", **({"revision": revision} if revision else {}))
 
     def check(self) -> None:
-        """Open every task's data, so that what is wrong with them is said before any weight is read."""
+        """Open every task's data and the processor, so that what is wrong is said before any weight is read.
+
+        Raises:
+            FusionMergeError: if data, processor or CLIP model are not usable.
+        """
         for name in tqdm(self.task_names, desc="opening datasets", leave=False, disable=None):
             self.task(name)
+        if isinstance(self._clip_source, str):
+            check_whole_clip(find_files(self._clip_source).config, where=f"`{self._clip_source}`")
+        self.processor  # noqa: B018 (read once, and kept)
 
     def evaluate(
         self,
@@ -234,13 +247,30 @@ class CLIPVisionModelTaskPool(TaskPool):
             placement=placement,
             limit=self.batch_size if self.fast_dev_run else None,
         )
+        dtype = next((p.dtype for p in tower.parameters()), torch.float32)
         for pixels, labels in loader:
             labels = labels.to(placement.device)
             with placement.autocast():
-                logits = head(pooled_output(tower(pixels.to(placement.device)))).float()  # (B, C)
+                logits = head(pooled_output(tower(pixels.to(placement.device, dtype)))).float()  # (B, C)
             accuracy.update(logits.argmax(dim=-1), labels)
             loss.update(F.cross_entropy(logits, labels, reduction="none"))
         return {"accuracy": accuracy.compute().item(), "loss": loss.compute().item()}
+
+
+def _loader_options(batch_size: Any, num_workers: Any, more: Mapping[str, Any]) -> tuple[int, int]:
+    """Return batch size and number of workers; fusion_bench's further options may say what is done anyway."""
+    fixed = {"pin_memory": (True, False), "drop_last": (False,), "shuffle": (False,)}
+    options = {"batch_size": batch_size, "num_workers": num_workers, **more}
+    known = ("batch_size", "num_workers", *fixed)
+    for key, value in options.items():
+        if key not in known:
+            raise ConfigError(f"`{key}` is not an option of `dataloader_kwargs`; {nearest(key, known)}")
+        if key in fixed and value not in fixed[key]:
+            raise ConfigError(f"`{key}`={value!r} is not possible: each image is scored once, in order")
+    for key, least in (("batch_size", 1), ("num_workers", 0)):
+        if type(options[key]) is not int or options[key] < least:
+            raise ConfigError(f"`{key}`={options[key]!r} of the task pool is not a whole number of at least {least}")
+    return options["batch_size"], options["num_workers"]
 
 
 def model_info(model: nn.Module) -> dict[str, float]:

@@ -35,6 +35,7 @@ def routing_weights(
     """
     weights: dict[str, Tensor] = {}
     num_tasks = len(model.config.tasks)
+    dtype = next(model.parameters()).dtype
     for name in taskpool.task_names:
         loader = evaluation_loader(
             taskpool.images(name),
@@ -46,7 +47,7 @@ def routing_weights(
         with record_coefficients(model) as record:
             for pixels, _ in loader:
                 with placement.autocast():
-                    pooled_output(model(pixels.to(placement.device)))
+                    pooled_output(model(pixels.to(placement.device, dtype)))
         layers = [torch.cat(values).mean(dim=0).view(num_tasks, -1).mean(dim=1) for values in record.values()]  # (N,)
         weights[name] = torch.stack(layers)  # (L, N)
     return weights

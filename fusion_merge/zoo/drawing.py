@@ -22,10 +22,8 @@ _CANVAS = 64  # masks are drawn at twice the size and reduced, which smooths the
 Point = tuple[float, float]
 Colours = tuple[tuple[int, int, int], tuple[int, int, int]]  # darkest and lightest red, green, blue
 
-DARK: Colours = ((0, 0, 0), (80, 80, 80))
 BLACK: Colours = ((0, 0, 0), (0, 0, 0))
 WHITE: Colours = ((255, 255, 255), (255, 255, 255))
-LIGHT: Colours = ((175, 175, 175), (255, 255, 255))
 
 
 def glyph(
@@ -52,12 +50,14 @@ def glyph(
     return _paint(_reduce(mask), rng, ink, paper)
 
 
-def shape(name: str, rng: np.random.Generator) -> Image:
+def shape(name: str, rng: np.random.Generator, ink: Colours, paper: Colours) -> Image:
     """Draw one filled shape of `SHAPES` in a random colour, size and place on a noisy background.
 
     Args:
         name: a key of `SHAPES`.
         rng: source of randomness.
+        ink: colours of the shape.
+        paper: colours of the background.
     """
     from PIL import Image, ImageDraw
 
@@ -72,26 +72,26 @@ def shape(name: str, rng: np.random.Generator) -> Image:
     draw = ImageDraw.Draw(mask)
     for points, fill in SHAPES[name]():
         draw.polygon(place(points), fill=fill)
-    ink, paper = (LIGHT, DARK) if rng.integers(2) else (DARK, LIGHT)
     return _paint(_reduce(mask), rng, ink, paper, noise=20.0)
 
 
-def stripes(degrees: float, rng: np.random.Generator) -> Image:
-    """Draw a sine grating: two random colours, a random width and phase.
+def stripes(degrees: float, rng: np.random.Generator, ink: Colours, paper: Colours) -> Image:
+    """Draw a sine grating of a random width and phase.
 
     Args:
         degrees: direction of the stripes, 0 is horizontal, 90 vertical.
         rng: source of randomness.
+        ink: colours of the one half.
+        paper: colours of the other.
     """
     angle = (degrees + rng.uniform(-5, 5)) * pi / 180
     y, x = np.mgrid[:SIZE, :SIZE]
     across = sin(angle) * x + cos(angle) * y
     wave = np.sin(2 * pi * across / rng.uniform(6, 11) + rng.uniform(0, 2 * pi))
-    mask = np.clip(0.5 + 1.2 * wave, 0, 1)
-    return _paint(mask, rng, LIGHT, DARK, noise=12.0)
+    return _paint(np.clip(0.5 + 1.2 * wave, 0, 1), rng, ink, paper, noise=12.0)
 
 
-def dots(count: int, rng: np.random.Generator, ink: Colours = LIGHT, paper: Colours = DARK) -> Image:
+def dots(count: int, rng: np.random.Generator, ink: Colours, paper: Colours) -> Image:
     """Draw dots of one size, none touching another.
 
     Args:
@@ -110,8 +110,10 @@ def dots(count: int, rng: np.random.Generator, ink: Colours = LIGHT, paper: Colo
     return _paint(_reduce(mask), rng, ink, paper)
 
 
-def patch(photo: Image, rng: np.random.Generator, held_out: bool, cell: int = 56) -> Image:
-    """Cut a square out of one cell of a photograph; cells are split between training and test.
+def patch(photo: Image, rng: np.random.Generator, held_out: bool, cell: int = 44) -> Image:
+    """Cut a square out of one cell of a photograph, as a print with a white edge.
+
+    Cells are split between training and test.
 
     Squares which show almost nothing (a dark sky, a plain wall) are passed over.
 
@@ -131,12 +133,13 @@ def patch(photo: Image, rng: np.random.Generator, held_out: bool, cell: int = 56
         side = int(rng.integers(cell * 3 // 4, cell + 1))
         x, y = (cell * k + int(rng.integers(cell - side + 1)) for k in (i, j))
         square = photo.crop((x, y, x + side, y + side)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-        spread = float(np.asarray(square).std())
+        spread = float(np.asarray(square.convert("L")).std())
         if spread > contrast:
             best, contrast = square, spread
-        if contrast >= 14.0:
+        if contrast >= 12.0:
             break
-    return best
+    edge = np.pad(np.zeros((SIZE - 4, SIZE - 4, 1)), ((2, 2), (2, 2), (0, 0)), constant_values=255.0)
+    return Image.fromarray(np.maximum(np.asarray(best), edge).astype(np.uint8))
 
 
 def enlarge(

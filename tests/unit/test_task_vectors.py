@@ -154,7 +154,7 @@ def test_pruning_keeps_what_lies_above_the_quantile(shape, ratio):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_pruning_at_ratio_zero_still_drops_exactly_the_smallest_entry(dtype):
-    tensor = (torch.arange(1, 10, dtype=torch.float64) / 10).to(dtype)
+    tensor = (torch.arange(7, 16, dtype=torch.float64) / 10).to(dtype)  # 0.7 in float32 is below 0.7
     pruned = magnitude_prune(tensor, 0.0)
     assert torch.equal(pruned[1:], tensor[1:])
     assert pruned[0] == 0
@@ -164,6 +164,11 @@ def test_pruning_at_ratio_zero_still_drops_exactly_the_smallest_entry(dtype):
 def test_pruning_drops_all_entries_that_tie_with_the_threshold():
     tensor = torch.tensor([1.0, -2.0, 2.0, 2.0, -3.0])
     assert torch.equal(magnitude_prune(tensor, 0.5), torch.tensor([0.0, 0.0, 0.0, 0.0, -3.0]))
+
+
+def test_pruning_half_precision_keeps_an_entry_just_above_an_interpolated_threshold():
+    tensor = torch.tensor([1.0, 1.0 + 2**-10], dtype=torch.float16)  # neighbours in float16
+    assert torch.equal(magnitude_prune(tensor, 0.9), torch.tensor([0.0, 1.0 + 2**-10], dtype=torch.float16))
 
 
 def test_pruning_equal_entries_leaves_nothing():

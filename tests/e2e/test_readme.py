@@ -1,0 +1,64 @@
+"""Every command and every line of Python that the README shows is run here, as it is written."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from runs import run_cli
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(program: str) -> list[str]:
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith(program)]
+
+
+@pytest.fixture(scope="module")
+def home(pool_dir, tmp_path_factory) -> Path:
+    """A folder with the models and images that the README speaks of, under the names that it gives them."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "models").mkdir()
+    for model in ("pretrained", "cats", "dogs"):
+        (folder / "models" / model).symlink_to(pool_dir / model)
+    (folder / "images").symlink_to(pool_dir / "images")
+    return folder
+
+
+QUICK = ["fast_dev_run=true", "baselines=[]"]
+
+
+@pytest.mark.parametrize("command", commands("fusion_merge"))
+def test_command_of_the_readme_runs(command, home):
+    arguments = shlex.split(command)[1:]
+    asks_only = any(a in ("--help", "--cfg") for a in arguments)
+    result = run_cli(*arguments, *([] if asks_only else QUICK), cwd=home)
+    assert result.code == 0, result.err
+    assert result.out.strip()
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_of_the_readme_runs(code, home):
+    quicker = code.replace("max_steps=200", "max_steps=2")
+    with contextlib.chdir(home):
+        exec(compile(quicker, "README.md", "exec"), {})
+    assert (home / "merged" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("command", commands("make"))
+def test_make_target_of_the_readme_exists_and_installs_the_tested_versions(command, tmp_path):
+    shown = subprocess.run(
+        [*command.split(), "-n", f"VENV={tmp_path / 'venv'}"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "-c constraints.txt" in shown
+    assert {"make run": "fusion_merge", "make test": "pytest"}[command] in shown.splitlines()[-1]

@@ -1,0 +1,135 @@
+"""What holds for every expert bank, whatever the shapes."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from helpers import BANKS, apply_delta, make_bank, random_linear, random_task_vectors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusion_merge.moe import DenseExperts, LinearRouter, MoELinear, MoEMLP, Routing
+from fusion_merge.moe.experts import TaskVector
+from fusion_merge.task_vectors import magnitude_prune, task_arithmetic, truncated_svd
+
+quick = settings(deadline=None, max_examples=30, derandomize=True)
+
+TOLERANCE = {"atol": 2e-3, "rtol": 1e-3}  # singular vectors are computed in float32 whatever the dtype
+
+kinds = st.sampled_from(BANKS)
+dtypes = st.sampled_from([torch.float32, torch.float64])
+sizes = st.integers(1, 7)
+seeds = st.integers(0, 2**16)
+
+
+def _draw(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@st.composite
+def layers(draw, least_tasks: int = 1):
+    """A bank of any kind, its base layer and its task vectors."""
+    inputs, outputs, dtype, seed = draw(sizes), draw(sizes), draw(dtypes), draw(seeds)
+    vectors = random_task_vectors(draw(st.integers(least_tasks, 4)), outputs, inputs, seed=seed, dtype=dtype)
+    kind, rank, ratio = draw(kinds), draw(st.integers(1, min(inputs, outputs))), draw(st.floats(0.0, 0.99))
+    return {
+        "make": lambda v: make_bank(kind, v, rank=rank, ratio=ratio),
+        "per_task": rank if kind == "low_rank" else 1,
+        "vectors": vectors,
+        "base": random_linear(inputs, outputs, seed=seed + 1, dtype=dtype),
+        "inputs": inputs,
+        "dtype": dtype,
+        "seed": seed,
+    }
+
+
+@quick
+@given(layers(), sizes, sizes, st.booleans())
+def test_forward_equals_applying_delta(layer, batch, tokens, one_row):
+    bank, dtype, seed = layer["make"](layer["vectors"]), layer["dtype"], layer["seed"]
+    x = _draw((batch, tokens, layer["inputs"]), seed + 2, dtype)
+    coefficients = _draw((1 if one_row else batch, bank.num_coefficients), seed + 3, dtype)
+    output = bank(x, coefficients, layer["base"])
+    assert output.dtype == dtype
+    torch.testing.assert_close(output, apply_delta(x, bank.delta(coefficients), layer["base"]), **TOLERANCE)
+
+
+@quick
+@given(layers(least_tasks=2), sizes, st.randoms(use_true_random=False))
+def test_the_order_of_tasks_permutes_experts_and_nothing_else(layer, batch, random):
+    order = list(range(len(layer["vectors"])))
+    random.shuffle(order)
+    bank, shuffled = layer["make"](layer["vectors"]), layer["make"]([layer["vectors"][n] for n in order])
+    x = _draw((batch, 3, layer["inputs"]), layer["seed"] + 2, layer["dtype"])
+    coefficients = _draw((batch, bank.num_coefficients), layer["seed"] + 3, layer["dtype"])
+    columns = [n * layer["per_task"] + j for n in order for j in range(layer["per_task"])]
+    expected = bank(x, coefficients, layer["base"])
+    torch.testing.assert_close(shuffled(x, coefficients[:, columns], layer["base"]), expected, **TOLERANCE)
+
+
+@quick
+@given(sizes, sizes, st.integers(1, 4), st.integers(0, 4), st.floats(-3, 3), dtypes, seeds)
+def test_an_expert_equal_to_the_pretrained_model_changes_nothing(inputs, outputs, tasks, at, coefficient, dtype, seed):
+    vectors = random_task_vectors(tasks, outputs, inputs, seed=seed, dtype=dtype)
+    nothing = TaskVector(torch.zeros(outputs, inputs, dtype=dtype), torch.zeros(outputs, dtype=dtype))
+    at = min(at, tasks)
+    more = [*vectors[:at], nothing, *vectors[at:]]
+    base, x = random_linear(inputs, outputs, seed=seed, dtype=dtype), _draw((2, 3, inputs), seed, dtype)
+    g = _draw((2, tasks), seed + 1, dtype)
+    with_nothing = torch.cat([g[:, :at], torch.full((2, 1), coefficient, dtype=dtype), g[:, at:]], dim=1)
+    expected = DenseExperts.from_task_vectors(vectors)(x, g, base)
+    torch.testing.assert_close(DenseExperts.from_task_vectors(more)(x, with_nothing, base), expected, **TOLERANCE)
+
+
+@quick
+@given(layers(), sizes, st.sampled_from([0, 1, 2]), seeds)
+def test_a_sample_does_not_see_its_batch_mates(layer, batch, depth, seed):
+    bank, dtype, inputs = layer["make"](layer["vectors"]), layer["dtype"], layer["inputs"]
+    back = random_task_vectors(len(layer["vectors"]), inputs, layer["base"].out_features, seed=seed, dtype=dtype)
+    router = LinearRouter(inputs, bank.num_coefficients, 0.3, torch.Generator().manual_seed(seed)).to(dtype)
+    router.out.weight.data *= 50 * (depth + 1)
+    mlp = MoEMLP(
+        MoELinear(layer["base"], bank),
+        torch.nn.GELU(),
+        MoELinear(random_linear(layer["base"].out_features, inputs, seed=seed, dtype=dtype), layer["make"](back)),
+        router,
+        Routing.SAMPLE,
+    )
+    x = _draw((batch, 3, inputs), seed, dtype)
+    torch.testing.assert_close(mlp(x)[:1], mlp(x[:1]), **TOLERANCE)
+
+
+@quick
+@given(st.integers(1, 4), st.floats(-2, 2), st.floats(-2, 2), dtypes, seeds)
+def test_task_arithmetic_is_linear_in_its_scaling_factor(tasks, first, second, dtype, seed):
+    pretrained = {"w": _draw((3, 2), seed, dtype)}
+    finetuned = [{"w": _draw((3, 2), seed + 1 + n, dtype)} for n in range(tasks)]
+
+    def moved(scaling_factor: float) -> torch.Tensor:
+        return task_arithmetic(pretrained, finetuned, scaling_factor)["w"] - pretrained["w"]
+
+    torch.testing.assert_close(moved(first) + moved(second), moved(first + second), atol=1e-4, rtol=1e-4)
+
+
+@quick
+@given(st.integers(1, 60), st.floats(0.0, 0.999), dtypes, seeds)
+def test_pruning_keeps_the_largest_entries_and_at_most_their_share(size, ratio, dtype, seed):
+    tensor = _draw((size,), seed, dtype)
+    kept = magnitude_prune(tensor, ratio) != 0
+    assert kept.sum().item() <= math.ceil((1 - ratio) * (size - 1))
+    if kept.any() and not kept.all():
+        assert tensor[kept].abs().min() > tensor[~kept].abs().max()
+
+
+@quick
+@given(sizes, sizes, seeds)
+def test_svd_error_falls_with_the_rank_to_nothing(outputs, inputs, seed):
+    matrix = _draw((outputs, inputs), seed)
+    errors = []
+    for rank in range(1, min(outputs, inputs) + 1):
+        left, right = truncated_svd(matrix, rank)
+        errors.append((matrix - left @ right).norm().item())
+    assert all(after <= before + 1e-5 for before, after in pairwise(errors))
+    assert errors[-1] < 1e-4

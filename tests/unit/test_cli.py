@@ -1,0 +1,278 @@
+"""The command line: what composes, what is shown, and what is refused. Whole runs are in e2e/test_program.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import TASKS
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from runs import assert_refused, files_in, own_pool, run_cli
+
+from fusion_merge.schema import register_schema
+
+PRESETS = Path(str(files("fusion_merge.config")))
+YAMLS = sorted(str(file.relative_to(PRESETS)) for file in PRESETS.rglob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _hydra() -> Iterator[None]:
+    register_schema()
+    yield
+    GlobalHydra.instance().clear()
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    """The configuration of a command line, as plain values."""
+    with initialize_config_module("fusion_merge.config", version_base="1.3"):
+        config = compose("config", overrides=list(overrides))
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    return plain
+
+
+def python(code_or_module: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": ""}
+    return subprocess.run(
+        [sys.executable, *code_or_module], cwd=cwd, capture_output=True, text=True, timeout=120, env=environment
+    )
+
+
+# Presets
+
+
+@pytest.mark.parametrize(
+    ("path", "short", "target"),
+    [
+        ("rankone_moe/rankone_moe", "rankone_moe", "rankone_moe.RankOneMoEAlgorithm"),
+        ("wemoe/weight_ensembling_moe", "wemoe", "wemoe.WEMoEAlgorithm"),
+        ("weight_ensembling_moe", "wemoe", "wemoe.WEMoEAlgorithm"),
+        ("wemoe/sparse_weight_ensembling_moe", "e_wemoe", "e_wemoe.EWEMoEAlgorithm"),
+        ("sparse_weight_ensembling_moe", "e_wemoe", "e_wemoe.EWEMoEAlgorithm"),
+    ],
+)
+@pytest.mark.parametrize("pool", ["tiny8", "clip_vision"])
+def test_long_path_is_the_short_one(path, short, target, pool):
+    long = composed(f"method={path}", f"modelpool={pool}")["method"]
+    assert long["_target_"] == f"fusion_merge.methods.{target}"
+    assert long == composed(f"method={short}", f"modelpool={pool}")["method"]
+
+
+@pytest.mark.parametrize("file", YAMLS)
+def test_every_preset_composes(file):
+    group, _, name = file.removesuffix(".yaml").rpartition("/")
+    overrides = [f"{group}={name}"] if group else []
+    if group.startswith("tuned/"):
+        pool, _, method = file.removeprefix("tuned/").removesuffix(".yaml").partition("/")
+        overrides = [f"modelpool={pool}", f"method={method}"]
+    elif group.startswith("method/"):
+        overrides = [f"method={file.removeprefix('method/').removesuffix('.yaml')}"]
+    elif group == "dataset":
+        overrides = ["modelpool=clip_vision", f"+dataset@modelpool.test_datasets={name}"]
+    config = composed(*overrides)
+    assert all(config[part]["_target_"] for part in ("method", "modelpool", "taskpool"))
+
+
+def test_default_job_is_rankone_moe_on_tiny8():
+    config = composed()
+    assert config["method"]["_target_"].endswith(".RankOneMoEAlgorithm")
+    assert config["modelpool"]["models"]["_pretrained_"] == "zoo://tiny8/pretrained"
+    assert list(config["taskpool"]["tasks"]) == [n for n in config["modelpool"]["models"] if n != "_pretrained_"]
+    assert config["seed"] == 0
+
+
+TUNED = sorted(
+    file.removeprefix("tuned/tiny8/").removesuffix(".yaml") for file in YAMLS if file.startswith("tuned/tiny8")
+)
+
+
+@pytest.mark.parametrize("method", TUNED)
+def test_tuned_options_hold_on_tiny8_and_nowhere_else(method):
+    tiny8, own = (composed(f"method={method}", f"modelpool={pool}")["method"] for pool in ("tiny8", "clip_vision"))
+    assert (own["lr"], own["max_steps"]) == (1e-4, 1000)
+    assert (tiny8["lr"], tiny8["max_steps"]) != (1e-4, 1000)
+
+
+def test_every_name_of_a_tuned_method_is_tuned():
+    routed = {"rankone_moe", "wemoe", "e_wemoe"}
+    paths = [file.removeprefix("method/").removesuffix(".yaml") for file in YAMLS if file.startswith("method/")]
+    targets = {path: composed(f"method={path}", "modelpool=clip_vision")["method"]["_target_"] for path in paths}
+    assert sorted(path for path, target in targets.items() if target.split(".")[2] in routed) == TUNED
+
+
+def test_option_on_the_command_line_beats_a_tuned_one():
+    assert composed("method=wemoe", "method.lr=0.5")["method"]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("method", ["rankone_moe", "wemoe", "e_wemoe", "clip_finetune"])
+def test_seed_and_fast_dev_run_of_the_run_reach_the_method(method):
+    options = composed(f"method={method}", "seed=7", "fast_dev_run=true")["method"]
+    assert (options["seed"], options["fast_dev_run"]) == (7, True)
+
+
+def test_fast_dev_run_reaches_both_pools():
+    config = composed("fast_dev_run=true")
+    assert config["modelpool"]["fast_dev_run"] is config["taskpool"]["fast_dev_run"] is True
+
+
+# What is shown
+
+
+def test_help_is_quick_and_shows_presets_and_options(tmp_path):
+    code = (
+        "import sys; from fusion_merge.cli import main\n"
+        "try:\n    sys.argv = ['fusion_merge', '--help']; main()\n"
+        "finally:\n    sys.exit('torch' in sys.modules)"
+    )
+    done = python(["-c", code], tmp_path)
+    assert done.returncode == 0, "torch was imported" + done.stderr
+    for text in ("usage: fusion_merge", "rankone_moe", "tiny8_unseen", "merged_model_save_path", "--multirun"):
+        assert text in done.stdout
+    assert files_in(tmp_path) == []
+
+
+def test_config_folder_where_one_works_changes_nothing(tmp_path):
+    clean, hostile = tmp_path / "clean", tmp_path / "hostile"
+    (hostile / "config" / "method").mkdir(parents=True)
+    clean.mkdir()
+    (hostile / "config" / "__init__.py").touch()
+    (hostile / "config" / "config.yaml").write_text("seed: 99\nmethod: {_target_: builtins.dict}\n")
+    (hostile / "config" / "method" / "rankone_moe.yaml").write_text("rank_k: 99\n")
+    shown = [python(["-m", "fusion_merge", "--cfg", "job"], folder) for folder in (clean, hostile)]
+    assert [done.returncode for done in shown] == [0, 0]
+    assert yaml.safe_load(shown[0].stdout)["seed"] == 0
+    assert shown[0].stdout == shown[1].stdout
+
+
+def test_cfg_job_shows_the_configuration_and_runs_nothing(tmp_path):
+    done = run_cli("method=wemoe", "seed=3", "--cfg", "job", cwd=tmp_path)
+    shown = yaml.safe_load(done.out)
+    assert done.code == 0
+    assert shown["seed"] == 3
+    assert shown["method"]["_target_"] == "fusion_merge.methods.wemoe.WEMoEAlgorithm"
+    assert files_in(tmp_path) == []
+
+
+# Names that are accepted
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("rankone_moe/rankone_moe", "clip_rankone_wemoe"),
+        ("rankone_moe/rankone_moe", "clip_rankone_moe"),
+        ("rankone_moe", "rankone_moe"),
+        ("weight_ensembling_moe", "clip_weight_ensembling_moe"),
+        ("wemoe", "weight_ensembling_moe"),
+        ("wemoe/sparse_weight_ensembling_moe", "sparse_clip_weight_ensembling_moe"),
+        ("e_wemoe", "sparse_weight_ensembling_moe"),
+    ],
+)
+def test_documented_method_name_is_accepted(pool_dir, tmp_path, method, name):
+    rank = ["method.rank_k=4"] if "rankone" in method else []
+    done = run_cli(
+        f"method={method}", f"method.name={name}", *rank, *own_pool(pool_dir), "dry_run=true", cwd=tmp_path / "work"
+    )
+    assert done.code == 0, done.err
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("argument", "texts"),
+    [
+        ("method=wemo", ["`method=wemo`", "did you mean `wemoe`"]),
+        ("method=rankone", ["`method=rankone`", "did you mean `rankone_moe`"]),
+        ("method=wemoe/weight_ensemblingmoe", ["weight_ensemblingmoe", "did you mean", "weight_ensembling_moe`"]),
+        ("modelpool=tiny9", ["`modelpool=tiny9`", "did you mean `tiny8`"]),
+        ("taskpool=dumy", ["`taskpool=dumy`", "did you mean `dummy`"]),
+        ("method.rank=3", ["`method.rank`", "did you mean `rank_k`"]),
+        ("+method.rank=3", ["`method.rank`", "did you mean `rank_k`"]),
+        ("sed=1", ["`sed`", "did you mean `seed`"]),
+        ("fabric.device=1", ["`fabric.device`", "did you mean `devices`"]),
+        ("taskpool.batchsize=3", ["`taskpool.batchsize`", "did you mean `batch_size`"]),
+        ("taskpool.task.cats=x", ["`taskpool.task`", "did you mean `tasks`"]),
+        ("modelpool.model.cats=x", ["`modelpool.model`", "did you mean `models`"]),
+        ("modelpol.models.cats=x", ["`modelpol`", "did you mean `modelpool`"]),
+        ("seed=abc", ["`seed`", "abc"]),
+        ("seed=-1", ["`seed`=-1"]),
+        ("seed=1.5", ["`seed`", "1.5"]),
+        ("dry_run=maybe", ["`dry_run`", "maybe"]),
+        ("baselines=[zeroshot]", ["`baselines`", "'zeroshot'", "did you mean `zero_shot`"]),
+        ("baselines=zero_shot", ["`baselines`", "zero_shot"]),
+        ("method.name=wemoe", ["`name`='wemoe'", "rankone_moe"]),
+        ("method.rank_k=many", ["`rank_k`='many'", "int"]),
+        ("method.lr=-1", ["`lr`=-1.0", "above 0"]),
+        ("method.optimizer=adm", ["`optimizer`='adm'", "adam"]),
+        ("method=null", ["`method`"]),
+        ("modelpool=null", ["`modelpool`"]),
+    ],
+)
+def test_wrong_argument_is_refused_in_one_line(argument, texts, tmp_path):
+    assert_refused(run_cli(argument, cwd=tmp_path), tmp_path, *texts)
+
+
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [("method=wemoe,e_wemoe", "--multirun"), ("method", "'method'"), ("taskpool.tasks.cats={data", "{data")],
+)
+def test_argument_that_cannot_be_read_is_refused_in_hydra_s_words(argument, text, tmp_path):
+    done = run_cli(argument, cwd=tmp_path)
+    assert done.code == 1
+    assert done.err.startswith("error: ")
+    assert text in done.err
+    assert "Traceback" not in done.err
+    assert files_in(tmp_path) == []
+
+
+def test_pool_without_models_is_refused(tmp_path):
+    assert_refused(run_cli("modelpool=clip_vision", cwd=tmp_path), tmp_path, "`modelpool.models` has no value")
+
+
+def test_pool_without_tasks_is_refused(pool_dir, tmp_path):
+    models = [argument for argument in own_pool(pool_dir) if argument.startswith("modelpool")]
+    assert_refused(run_cli(*models, cwd=tmp_path), tmp_path, "no tasks", "taskpool=dummy")
+
+
+@pytest.mark.parametrize(
+    ("fabric", "texts"),
+    [
+        ("fabric.accelerator=tpux", ["tpux"]),
+        ("fabric.accelerator=cuda", ["cuda"]),
+        ("fabric.devices=0", ["devices=0"]),
+        ("fabric.precision=8-bit", ["8-bit"]),
+        ("fabric.strategy=alone", ["alone"]),
+    ],
+)
+def test_impossible_hardware_is_refused(pool_dir, tmp_path, fabric, texts):
+    assert_refused(run_cli("method=wemoe", *own_pool(pool_dir), fabric, cwd=tmp_path), tmp_path, *texts)
+
+
+def test_misspelt_flag_is_refused(tmp_path):
+    done = run_cli("--multirum", cwd=tmp_path)
+    assert done.code != 0
+    assert "--multirum" in done.err
+    assert files_in(tmp_path) == []
+
+
+def test_traceback_is_there_for_those_who_ask(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(Exception, match="wemo"):
+        run_cli("method=wemo", cwd=tmp_path)
+
+
+def test_plan_names_method_models_and_tasks(pool_dir, tmp_path):
+    done = run_cli("method=wemoe", *own_pool(pool_dir), "dry_run=true", "print_config=false", cwd=tmp_path)
+    assert done.code == 0
+    for text in ("wemoe", str(pool_dir / "pretrained"), *TASKS, "(12)", "(18)"):
+        assert text in done.out
+    assert files_in(tmp_path) == []

@@ -1,0 +1,80 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+
+from fusion_merge.errors import FusionMergeError
+from fusion_merge.files import atomic, write_text
+
+
+def _names(folder) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_text_is_written_to_folders_that_are_made(tmp_path):
+    write_text(tmp_path / "a" / "b" / "note.txt", "häuser\n")
+    assert (tmp_path / "a" / "b" / "note.txt").read_text(encoding="utf-8") == "häuser\n"
+
+
+def test_nothing_but_the_file_is_left(tmp_path):
+    write_text(tmp_path / "note.txt", "x")
+    assert _names(tmp_path) == ["note.txt"]
+
+
+def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
+    target = tmp_path / "note.txt"
+    target.write_text("old")
+    with atomic(target) as temporary:
+        temporary.write_text("ne")
+        assert target.read_text() == "old"
+        temporary.write_text("new")
+    assert target.read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_file_and_no_rest(tmp_path, error):
+    target = tmp_path / "note.txt"
+    target.write_text("old")
+    with pytest.raises(error), atomic(target) as temporary:  # noqa: PT012
+        temporary.write_text("half")
+        raise error
+    assert target.read_text() == "old"
+    assert _names(tmp_path) == ["note.txt"]
+
+
+def test_an_operating_system_error_while_writing_names_the_file(tmp_path):
+    with pytest.raises(FusionMergeError, match=r"note\.txt.*No space left"), atomic(tmp_path / "note.txt"):
+        raise OSError(28, "No space left on device")
+    assert _names(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FusionMergeError, match=r"cannot write `.*note\.txt`"):
+        write_text(tmp_path / "file" / "note.txt", "x")
+
+
+def test_a_folder_in_the_place_of_the_file_is_an_error(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(FusionMergeError, match="taken"):
+        write_text(tmp_path / "taken", "x")
+    assert _names(tmp_path) == ["taken"]
+
+
+def test_files_get_the_permissions_that_the_user_asked_for(tmp_path):
+    previous = os.umask(0o027)
+    try:
+        write_text(tmp_path / "note.txt", "x")
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE((tmp_path / "note.txt").stat().st_mode) == 0o640
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_text("~/note.txt", "x")
+    assert (tmp_path / "note.txt").read_text() == "x"

@@ -1,0 +1,335 @@
+"""The merged model on disk and in memory."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import copied, same_state
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, CLIPVisionModel
+
+from fusion_merge import EWEMoEAlgorithm, MergedCLIPVisionModel, RankOneMoEAlgorithm, WEMoEAlgorithm
+from fusion_merge.errors import CheckpointError, ConfigError, FusionMergeError, ModelError
+from fusion_merge.models import merged as merged_module
+from fusion_merge.models.clip import save_tower
+from fusion_merge.models.merged import MergedCLIPVisionConfig
+from fusion_merge.moe import Routing, moe_layers, set_routing
+
+METHODS = {
+    "dense": WEMoEAlgorithm(),
+    "sparse_own_routers": EWEMoEAlgorithm(tv_prune_ratio=0.5, shared_gate=False),
+    "sparse_shared": EWEMoEAlgorithm(tv_prune_ratio=0.5),
+    "sparse_shared_coded": EWEMoEAlgorithm(tv_prune_ratio=0.5, position_encoding=True, router_hidden_layers=1),
+    "low_rank": RankOneMoEAlgorithm(rank_k=3),
+    "low_rank_select": RankOneMoEAlgorithm(rank_k=3, select_k=2, router_hidden_layers=2),
+    "constant": WEMoEAlgorithm(router_hidden_layers=0),
+}
+
+
+def _build(modelpool, name: str) -> MergedCLIPVisionModel:
+    """Build a routed model whose routers tell samples apart."""
+    model = METHODS[name].build(modelpool)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.ndim == 2:
+            parameter.data *= 20
+    set_routing(model, Routing.SAMPLE)
+    return model
+
+
+@pytest.fixture(params=METHODS)
+def model(request, modelpool) -> MergedCLIPVisionModel:
+    return _build(modelpool, request.param)
+
+
+@pytest.fixture
+def saved(modelpool, tmp_path):
+    """The folder of a saved low-rank model."""
+    _build(modelpool, "low_rank").save_pretrained(tmp_path / "merged")
+    return tmp_path / "merged"
+
+
+def _pixels(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _outputs(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(_pixels(next(model.parameters()).dtype)).pooler_output
+
+
+def _edit_weights(folder, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _edit_config(folder, **values) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def test_a_saved_model_is_read_back_bit_for_bit(model, tmp_path):
+    model.save_pretrained(tmp_path / "merged")
+    again = MergedCLIPVisionModel.from_pretrained(tmp_path / "merged")
+    assert same_state(again.own_state(), model.own_state())
+    assert torch.equal(_outputs(again), _outputs(model))
+    assert [layer.spec() for layer in moe_layers(again).values()] == [
+        layer.spec() for layer in moe_layers(model).values()
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_model_is_read_back_bit_for_bit(model, dtype, tmp_path):
+    model = model.to(dtype)
+    model.save_pretrained(tmp_path / "merged")
+    again = MergedCLIPVisionModel.from_pretrained(tmp_path / "merged")
+    assert same_state(again.own_state(), model.own_state())
+    assert torch.equal(_outputs(again), _outputs(model))
+
+
+def test_half_converts_values_and_leaves_the_index_of_a_sparse_bank(modelpool, tmp_path):
+    model = _build(modelpool, "sparse_shared").half()
+    model.save_pretrained(tmp_path / "merged")
+    bank = moe_layers(MergedCLIPVisionModel.from_pretrained(tmp_path / "merged").vision_model)[
+        "encoder.layers.0.mlp"
+    ].fc1.experts
+    assert (bank.values.dtype, bank.columns.dtype, bank.row_pointers.dtype) == (torch.float16, torch.int16, torch.int32)
+
+
+def test_a_read_model_is_in_eval_mode_and_trains_routers_alone(model, tmp_path):
+    model.save_pretrained(tmp_path / "merged")
+    again = MergedCLIPVisionModel.from_pretrained(tmp_path / "merged")
+    trainable = {name for name, p in again.named_parameters() if p.requires_grad}
+    assert trainable == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all(".router." in name for name in trainable)
+    assert not again.training
+
+
+@pytest.mark.parametrize("name", ["sparse_shared", "sparse_shared_coded"])
+def test_a_shared_router_is_stored_once_and_shared_again(modelpool, tmp_path, name):
+    _build(modelpool, name).save_pretrained(tmp_path / "merged")
+    layers = {
+        key.split(".mlp.")[0] for key in load_file(tmp_path / "merged" / "model.safetensors") if ".router." in key
+    }
+    assert layers == {"vision_model.encoder.layers.0"}
+    again = MergedCLIPVisionModel.from_pretrained(tmp_path / "merged")
+    routers = [layer.router for layer in moe_layers(again).values()]
+    first, second = (getattr(r, "shared", r) for r in routers)
+    assert first is second
+    assert len({r.layer_index for r in routers if hasattr(r, "layer_index")}) == (2 if "coded" in name else 0)
+
+
+def test_pruned_entries_are_not_stored(modelpool, tmp_path):
+    sizes = {}
+    for name in ("dense", "sparse"):
+        method = WEMoEAlgorithm() if name == "dense" else EWEMoEAlgorithm(tv_prune_ratio=0.9)
+        model = method.build(modelpool)
+        sizes[name] = sum(t.nbytes for n, t in model.own_state().items() if ".experts." in n)
+    assert sizes["sparse"] < 0.3 * sizes["dense"]
+
+
+@pytest.mark.parametrize("routing", list(Routing))
+def test_the_routing_is_kept(modelpool, tmp_path, routing):
+    model = _build(modelpool, "dense")
+    set_routing(model, routing)
+    model.save_pretrained(tmp_path / "merged")
+    again = MergedCLIPVisionModel.from_pretrained(tmp_path / "merged")
+    assert {layer.routing for layer in moe_layers(again).values()} == {routing}
+
+
+def test_the_configuration_says_what_was_merged_and_how(saved, pool_dir):
+    config = MergedCLIPVisionModel.from_pretrained(saved).config
+    assert (config.tasks, config.method) == (["cats", "dogs"], "rankone_moe")
+    assert config.method_options["rank_k"] == 3
+    assert config.base_model == str(pool_dir / "pretrained")
+
+
+def test_auto_classes_read_a_merged_model(saved):
+    assert isinstance(AutoConfig.from_pretrained(saved), MergedCLIPVisionConfig)
+    model = AutoModel.from_pretrained(saved)
+    assert isinstance(model, MergedCLIPVisionModel)
+    assert torch.equal(_outputs(model), _outputs(MergedCLIPVisionModel.from_pretrained(saved)))
+
+
+def test_a_revision_means_nothing_for_a_folder_as_in_transformers(saved):
+    assert isinstance(AutoModel.from_pretrained(saved, revision="main"), MergedCLIPVisionModel)
+
+
+def test_a_read_model_may_be_saved_again(saved, tmp_path):
+    first = MergedCLIPVisionModel.from_pretrained(saved)
+    first.save_pretrained(tmp_path / "again")
+    again = MergedCLIPVisionModel.from_pretrained(tmp_path / "again")
+    assert same_state(again.own_state(), first.own_state())
+    assert again.config.to_dict() == first.config.to_dict()
+
+
+def test_reading_draws_no_random_numbers(saved):
+    before = torch.get_rng_state()
+    MergedCLIPVisionModel.from_pretrained(saved)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, "float16"], ids=["dtype", "name"])
+@pytest.mark.parametrize("reader", [MergedCLIPVisionModel, AutoModel])
+def test_a_dtype_converts_what_is_read(saved, reader, dtype):
+    model = reader.from_pretrained(saved, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+
+
+def test_a_subfolder_is_not_ignored(saved, modelpool):
+    WEMoEAlgorithm().build(modelpool).save_pretrained(saved / "inner")
+    try:
+        model = MergedCLIPVisionModel.from_pretrained(saved, subfolder="inner")
+    except FusionMergeError:
+        return
+    assert model.config.method == "wemoe"
+
+
+def test_shards_are_read_back_and_replaced_by_a_single_file(saved):
+    model = MergedCLIPVisionModel.from_pretrained(saved)
+    model.save_pretrained(saved, max_shard_size="20KB")
+    assert len(list(saved.glob("model-*.safetensors"))) > 1
+    assert not (saved / "model.safetensors").exists()
+    assert same_state(MergedCLIPVisionModel.from_pretrained(saved).own_state(), model.own_state())
+    model.save_pretrained(saved)
+    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("I/O error: No space left")], ids=repr)
+def test_a_failed_save_leaves_the_old_model(saved, monkeypatch, error):
+    model = MergedCLIPVisionModel.from_pretrained(saved)
+    before = copied(model.own_state())
+
+    def full(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(merged_module, "save_torch_state_dict", full)
+    with pytest.raises(FusionMergeError, match="No space left"):
+        model.save_pretrained(saved)
+    assert same_state(MergedCLIPVisionModel.from_pretrained(saved).own_state(), before)
+    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(saved, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FusionMergeError, match="cannot write"):
+        MergedCLIPVisionModel.from_pretrained(saved).save_pretrained(tmp_path / "file" / "merged")
+
+
+def test_other_processes_than_the_main_one_write_nothing(saved, tmp_path):
+    MergedCLIPVisionModel.from_pretrained(saved).save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+
+
+def test_pickles_are_not_written(saved, tmp_path):
+    with pytest.raises(ConfigError, match="safe_serialization"):
+        MergedCLIPVisionModel.from_pretrained(saved).save_pretrained(tmp_path / "none", safe_serialization=False)
+
+
+PLACES = {
+    "expert": "vision_model.encoder.layers.1.mlp.fc1.experts.left",
+    "router": "vision_model.encoder.layers.0.mlp.router.out.weight",
+    "base": "vision_model.encoder.layers.0.mlp.fc2.base.bias",
+    "outside": "vision_model.post_layernorm.weight",
+}
+
+
+@pytest.mark.parametrize("name", PLACES.values(), ids=PLACES)
+def test_a_missing_tensor_is_refused_by_name(saved, name):
+    _edit_weights(saved, lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=f"lacks `{name}`"):
+        MergedCLIPVisionModel.from_pretrained(saved)
+
+
+def test_an_unexpected_tensor_is_refused_by_name(saved):
+    _edit_weights(saved, lambda tensors: tensors.update({"vision_model.extra": torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match=r"unexpectedly, `vision_model\.extra`"):
+        MergedCLIPVisionModel.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", PLACES.values(), ids=PLACES)
+def test_a_tensor_of_another_shape_is_refused_by_name(saved, name):
+    _edit_weights(saved, lambda tensors: tensors.update({name: torch.zeros(2, 2)}))
+    with pytest.raises(CheckpointError, match=rf"`{name}` of shape \(2, 2\)"):
+        MergedCLIPVisionModel.from_pretrained(saved)
+
+
+def test_auto_model_refuses_an_incomplete_file_too(saved):
+    _edit_weights(saved, lambda tensors: tensors.pop(PLACES["router"]))
+    with pytest.raises(CheckpointError, match="lacks"):
+        AutoModel.from_pretrained(saved)
+
+
+def test_a_configuration_that_routes_nothing_does_not_fit_routed_weights(saved):
+    _edit_config(saved, moe={})
+    with pytest.raises(CheckpointError):
+        MergedCLIPVisionModel.from_pretrained(saved)
+
+
+def test_a_configuration_that_routes_what_is_not_there_is_refused(saved):
+    config = json.loads((saved / "config.json").read_text())
+    spec = config["moe"]["encoder.layers.0.mlp"]
+    _edit_config(saved, moe=config["moe"] | {"encoder.layers.7.mlp": spec})
+    with pytest.raises(CheckpointError, match=r"encoder\.layers\.7\.mlp"):
+        MergedCLIPVisionModel.from_pretrained(saved)
+
+
+def test_another_kind_of_model_is_refused(pool_dir):
+    with pytest.raises(CheckpointError, match="'clip', not a merged one"):
+        MergedCLIPVisionModel.from_pretrained(pool_dir / "pretrained")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(saved, file):
+    (saved / file).unlink()
+    with pytest.raises(ModelError, match=file):
+        MergedCLIPVisionModel.from_pretrained(saved)
+
+
+def test_a_truncated_file_is_refused(saved):
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"cannot read weights from .*model\.safetensors"):
+        MergedCLIPVisionModel.from_pretrained(saved)
+
+
+def test_a_folder_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="does not exist"):
+        MergedCLIPVisionModel.from_pretrained(tmp_path / "nowhere")
+
+
+def test_an_unknown_option_is_refused(saved):
+    with pytest.raises(ConfigError, match="`load_in_5bit`"):
+        MergedCLIPVisionModel.from_pretrained(saved, load_in_5bit=True)
+
+
+def test_a_merged_model_is_called_like_a_vision_tower(model):
+    outputs = model(pixel_values=_pixels(), output_hidden_states=True)
+    assert outputs.pooler_output.shape == (3, 16)
+    assert len(outputs.hidden_states) == 3
+
+
+def test_before_adaptation_a_constant_router_gives_task_arithmetic(modelpool):
+    from fusion_merge.models.clip import build_tower
+    from fusion_merge.task_vectors import task_arithmetic
+
+    states = [modelpool.state(name) for name in modelpool.model_names]
+    merged = build_tower(
+        modelpool.config(), task_arithmetic(modelpool.state("_pretrained_"), states, 0.3), where="merge"
+    )
+    routed = METHODS["constant"].build(modelpool)
+    torch.testing.assert_close(_outputs(routed), _outputs(merged), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=["as_is", "float16"])
+def test_a_static_tower_is_read_by_transformers_with_no_missing_key(modelpool, tmp_path, dtype):
+    tower = modelpool.load_model("cats")
+    save_tower(tower, tmp_path / "tower", dtype)
+    again, info = CLIPVisionModel.from_pretrained(tmp_path / "tower", output_loading_info=True, dtype=torch.float32)
+    assert not any(info.values())
+    tolerance = 0 if dtype is None else 1e-2
+    torch.testing.assert_close(_outputs(again), _outputs(tower), atol=tolerance, rtol=tolerance)
