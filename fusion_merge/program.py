@@ -73,10 +73,11 @@ class FusionProgram:
             if self.config.get(option):
                 check_writable(self.config[option], option)
         check_writable(self.output_dir, "output_dir")
-        if self.config.get("merged_model_save_path") and not self.method.makes_one_model:
+        folder = self.config.get("merged_model_save_path")
+        if folder and not self.method.makes_one_model:
             raise ConfigError(
-                f"`merged_model_save_path`={self.config['merged_model_save_path']!r}: `{self.method.method_name}` makes one model a task, not a merged one; "
-                "its own `output` says where they go"
+                f"`merged_model_save_path`={folder!r}: `{self.method.method_name}` makes one model a task, "
+                "not a merged one; its own `output` says where they go"
             )
 
     def plan(self) -> str:

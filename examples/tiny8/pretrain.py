@@ -31,7 +31,8 @@ log = logging.getLogger("pretrain")
 ALL_TASKS = tiny8.TASKS + tiny8.UNSEEN_TASKS
 IMAGES_PER_CLASS = dict(zip(ALL_TASKS, (100, 120, 80, 80, 80, 30, 20, 30, 60, 20), strict=True))
 TASK_WEIGHTS = dict(zip(ALL_TASKS, (1.5, 1.5, 1.0, 2.0, 2.0, 0.6, 0.4, 0.6, 1.0, 0.3), strict=True))
-LOGIT_SCALE = 20.0
+LOGIT_SCALE = 20.0  # while pretraining
+FINAL_LOGIT_SCALE = 5.0  # from then on: with it, fine-tuning is never done, and entropy tells experts from mixtures
 CONTEXT = 32
 PROJECTION = 64
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -40,19 +41,20 @@ CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """Make a tokenizer like CLIP's with a small vocabulary: all bytes, and the merges found in the prompts."""
+    """Make a tokenizer like CLIP's with a small vocabulary: all bytes, and merges found in the prompts."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     prompts = [
-        t.format(c) for task in ALL_TASKS for t in tiny8.templates(task) for c in tiny8.classnames(task)
+        t.format(c)
+        for task in ALL_TASKS
+        for t in tiny8.templates(task)
+        for c in tiny8.classnames(task, pretraining=True)
     ]
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
     learner.normalizer = normalizers.Lowercase()
     words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
     learner.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    trainer = trainers.BpeTrainer(
-        vocab_size=100_000, min_frequency=2, end_of_word_suffix="</w>", show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=100_000, min_frequency=2, end_of_word_suffix="</w>", show_progress=False)
     learner.train_from_iterator(prompts, trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -95,11 +97,9 @@ def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 def embed_classes(model: CLIPModel, tokenizer: CLIPTokenizer, task: str) -> Tensor:
     """Embed the classes of a task: the mean over its templates. Shape: (classes, PROJECTION)."""
-    names, templates = tiny8.classnames(task), tiny8.templates(task)
+    names, templates = tiny8.classnames(task, pretraining=True), tiny8.templates(task)
     tokens = tokenizer([t.format(n) for n in names for t in templates], padding=True, return_tensors="pt")
-    pooled = model.text_model(
-        input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-    ).pooler_output
+    pooled = model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
     embeddings = F.normalize(model.text_projection(pooled), dim=-1)
     return F.normalize(embeddings.view(len(names), len(templates), -1).mean(1), dim=-1)
 
@@ -123,10 +123,12 @@ def spread_classes(model: CLIPModel, tokenizer: CLIPTokenizer, steps: int = 200,
 
 def few_images(task: str) -> tuple[Tensor, Tensor]:
     """Give a few training images of each class. Shapes: (B, 3, 32, 32), values in 0–1; (B,)."""
-    data = tiny8.load_task(task, "train")
+    data = tiny8.load_task(task, "train", pretraining=True)
     labels = torch.tensor(data["label"][:])
     count = IMAGES_PER_CLASS[task]
-    chosen = torch.cat([(labels == c).nonzero()[:count, 0] for c in range(len(tiny8.classnames(task)))])
+    chosen = torch.cat(
+        [(labels == c).nonzero()[:count, 0] for c in range(len(tiny8.classnames(task, pretraining=True)))]
+    )
     pixels = np.stack([np.asarray(image) for image in data.select(chosen.tolist())["image"]])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, labels[chosen]
 
@@ -196,23 +198,24 @@ def pretrain_vision(
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps:
-            log.info(
-                "step %d of %d: loss %.3f, %.0f s", step, steps, loss.item(), time.perf_counter() - start
-            )
+            log.info("step %d of %d: loss %.3f, %.0f s", step, steps, loss.item(), time.perf_counter() - start)
 
 
 @torch.no_grad()
-def balance(model: CLIPModel, embeddings: float = 8.0, attention: float = 3.0, mlp: float = 3.0) -> None:
+def balance(
+    model: CLIPModel, embeddings: float = 16.0, attention: float = 6.0, output: float = 3.0, mlp: float = 3.0
+) -> None:
     """Move scales between weights and the layer norms before or after them; the function stays the same.
 
-    Adam moves every weight by about the learning rate, so larger weights change less in proportion. In a small
-    model, embeddings and attention would move too far otherwise; as they are merged statically, no expert could
-    make up for it.
+    Adam moves every weight by about the learning rate, so larger weights change less in proportion. In a
+    small model, embeddings and attention would move too far otherwise; as they are merged statically, no
+    expert could make up for it.
 
     Args:
         model: changed in place.
         embeddings: factor of the embeddings; `pre_layrnorm` follows them.
         attention: factor of the q, k and v projections; the layer norm before them is divided by it.
+        output: factor of the attention's output projection; the v projection is divided by it.
         mlp: divisor of the first linear layer of each MLP; the layer norm before it is multiplied by it.
     """
     tower = model.vision_model
@@ -225,8 +228,11 @@ def balance(model: CLIPModel, embeddings: float = 8.0, attention: float = 3.0, m
     for layer in tower.encoder.layers:
         layer.layer_norm1.weight /= attention
         layer.layer_norm1.bias /= attention
-        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-            projection.weight *= attention
+        layer.self_attn.q_proj.weight *= attention
+        layer.self_attn.k_proj.weight *= attention
+        layer.self_attn.v_proj.weight *= attention / output
+        layer.self_attn.v_proj.bias /= output
+        layer.self_attn.out_proj.weight *= output
         layer.layer_norm2.weight *= mlp
         layer.layer_norm2.bias *= mlp
         layer.mlp.fc1.weight /= mlp
@@ -238,9 +244,7 @@ def save(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     copy.deepcopy(model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     size = tiny8.SIZE
-    CLIPImageProcessor(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-    ).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(folder)
     bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     (folder / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in bpe["merges"])]
@@ -249,9 +253,7 @@ def save(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 def main() -> None:
     """Run all steps."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder of the pretrained model")
     parser.add_argument("--steps", type=int, default=2600, help="steps of the vision tower")
     parser.add_argument("--seed", type=int, default=0)
@@ -263,6 +265,8 @@ def main() -> None:
     spread_classes(model, tokenizer)
     pretrain_vision(model, tokenizer, arguments.steps, seed=arguments.seed)
     balance(model)
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(FINAL_LOGIT_SCALE))
     save(model, tokenizer, arguments.output)
     log.info("saved to %s", arguments.output)
 

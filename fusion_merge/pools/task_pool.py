@@ -233,7 +233,7 @@ class CLIPVisionModelTaskPool(TaskPool):
             report["average"] = {k: sum(s[k] for s in scores) / len(scores) for k in ("accuracy", "loss")}
         return report
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: images and heads made here are adapted on later
     def _score(self, tower: nn.Module, name: str, placement: Placement) -> dict[str, float]:
         tower = tower.to(placement.device).eval()
         head = self.head(name).to(placement.device)

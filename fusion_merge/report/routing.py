@@ -12,7 +12,7 @@ from fusion_merge.pools.loaders import Placement, evaluation_loader
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def routing_weights(
     model: MergedCLIPVisionModel,
     taskpool: CLIPVisionModelTaskPool,

@@ -63,14 +63,12 @@ _CYRILLIC = dict(
 )
 _PHOTOS = {
     "brick": "brick.png",
-    "cat": "chelsea.png",
-    "coffee": "coffee.png",
-    "coins": "coins.png",
     "galaxies": "hubble_deep_field.jpg",
     "gravel": "gravel.png",
     "page": "page.png",
     "tissue": "ihc.png",
 }
+_MORE_PHOTOS = {"cat": "chelsea.png", "coffee": "coffee.png", "coins": "coins.png"}  # seen in pretraining alone
 _SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "crescent", "ring", "arrow", "diamond")
 _STRIPES = {
     "level": 0.0,
@@ -82,7 +80,8 @@ _STRIPES = {
     "falling": 135.0,
     "gently falling": 157.5,
 }
-_COUNTS = ("one", "two", "three", "four", "five", "six")
+_COUNTS = ("one", "two", "three", "four", "five")
+_MORE_COUNTS = ("six",)  # seen in pretraining alone
 _NUMERALS = tuple("0123456789")
 
 _CLASSNAMES: dict[str, tuple[str, ...]] = {
@@ -97,6 +96,7 @@ _CLASSNAMES: dict[str, tuple[str, ...]] = {
     "cyrillic": tuple(_CYRILLIC),
     "faces": ("face", "background"),
 }
+_MORE_CLASSNAMES = {"photos": tuple(_MORE_PHOTOS), "dots": _MORE_COUNTS}
 _TEMPLATES: dict[str, tuple[str, ...]] = {
     "digits": ("a scan of the digit {}.", "a coarse scan of the number {}."),
     "mnist": ('a photo of the handwritten number: "{}".',),
@@ -127,16 +127,18 @@ _TEST_FONTS = (
 )
 
 
-def classnames(task: str) -> list[str]:
+def classnames(task: str, *, pretraining: bool = False) -> list[str]:
     """Give the class names of a task, in the order of its labels.
 
     Args:
         task: one of `TASKS` or `UNSEEN_TASKS`.
+        pretraining: with the classes that only pretraining sees, after the task's own.
 
     Raises:
         ValueError: if there is no such task.
     """
-    return list(_CLASSNAMES[_known(task, "task", TASKS + UNSEEN_TASKS)])
+    own = _CLASSNAMES[_known(task, "task", TASKS + UNSEEN_TASKS)]
+    return [*own, *(_MORE_CLASSNAMES.get(task, ()) if pretraining else ())]
 
 
 def templates(task: str) -> list[str]:
@@ -151,18 +153,19 @@ def templates(task: str) -> list[str]:
     return list(_TEMPLATES[_known(task, "task", TASKS + UNSEEN_TASKS)])
 
 
-def load_task(task: str, split: str) -> Dataset:
+def load_task(task: str, split: str, *, pretraining: bool = False) -> Dataset:
     """Make one split of a task: the columns are `image` (32×32 RGB) and `label`, in a fixed mixed order.
 
     Args:
         task: one of `TASKS` or `UNSEEN_TASKS`.
         split: "train" or "test".
+        pretraining: with the classes that only pretraining sees.
 
     Raises:
         ValueError: if there is no such task or split.
         ImportError: if a package which holds the data is missing.
     """
-    names = classnames(task)
+    names = classnames(task, pretraining=pretraining)
     test = _known(split, "split", SPLITS) == "test"
     for package in ("PIL", "numpy"):
         _folder(package)
@@ -170,7 +173,8 @@ def load_task(task: str, split: str) -> Dataset:
     from datasets import ClassLabel, Dataset, Features, Image
 
     rng = np.random.default_rng(crc32(f"tiny8/{task}/{split}".encode()))
-    samples = list(_MAKERS[task](rng, test))
+    make = _PRETRAINING_MAKERS.get(task, _MAKERS[task]) if pretraining else _MAKERS[task]
+    samples = list(make(rng, test))
     order = rng.permutation(len(samples))
     columns = {"image": [samples[k][0] for k in order], "label": [samples[k][1] for k in order]}
     return Dataset.from_dict(columns, features=Features({"image": Image(), "label": ClassLabel(names=names)}))
@@ -225,17 +229,20 @@ def _read_table(path: Path, columns: int) -> np.ndarray[Any, Any]:
     return values.astype(int).reshape(-1, columns)
 
 
-def _photos(rng: np.random.Generator, test: bool) -> Samples:
-    from PIL import Image
+def _photos(table: dict[str, str]) -> Maker:
+    def make(rng: np.random.Generator, test: bool) -> Samples:
+        from PIL import Image
 
-    from fusion_merge.zoo.drawing import patch
+        from fusion_merge.zoo.drawing import patch
 
-    folder = _folder("skimage") / "data"
-    for label, name in enumerate(_PHOTOS.values()):
-        with Image.open(folder / name) as file:
-            photo = file.convert("RGB")
-        for _ in range(36 if test else 200):
-            yield patch(photo, rng, held_out=test), label
+        folder = _folder("skimage") / "data"
+        for label, name in enumerate(table.values()):
+            with Image.open(folder / name) as file:
+                photo = file.convert("RGB")
+            for _ in range(60 if test else 480):
+                yield patch(photo, rng, held_out=test), label
+
+    return make
 
 
 def _script(task: str, characters: dict[str, str], per_class: tuple[int, int]) -> Maker:
@@ -266,11 +273,14 @@ def _stripes(rng: np.random.Generator, test: bool) -> Samples:
         yield stripes(angles[label], rng, *_COLOURS["stripes"]), label
 
 
-def _dots(rng: np.random.Generator, test: bool) -> Samples:
-    from fusion_merge.zoo.drawing import dots
+def _dots(highest: int) -> Maker:
+    def make(rng: np.random.Generator, test: bool) -> Samples:
+        from fusion_merge.zoo.drawing import dots
 
-    for label in _labels(len(_COUNTS), 50 if test else 400):
-        yield dots(label + 1, rng, *_COLOURS["dots"]), label
+        for label in _labels(highest, 60 if test else 480):
+            yield dots(label + 1, rng, *_COLOURS["dots"]), label
+
+    return make
 
 
 def _faces(rng: np.random.Generator, test: bool) -> Samples:
@@ -289,12 +299,16 @@ Maker = Callable[["np.random.Generator", bool], "Samples"]
 _MAKERS: dict[str, Maker] = {
     "digits": _digits,
     "mnist": _mnist,
-    "photos": _photos,
+    "photos": _photos(_PHOTOS),
     "letters": _script("letters", _LATIN, (120, 12)),
     "greek": _script("greek", _GREEK, (120, 12)),
     "shapes": _shapes,
     "stripes": _stripes,
-    "dots": _dots,
+    "dots": _dots(len(_COUNTS)),
     "cyrillic": _script("cyrillic", _CYRILLIC, (60, 16)),
     "faces": _faces,
+}
+_PRETRAINING_MAKERS: dict[str, Maker] = {
+    "photos": _photos(_PHOTOS | _MORE_PHOTOS),
+    "dots": _dots(len(_COUNTS + _MORE_COUNTS)),
 }

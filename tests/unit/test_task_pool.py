@@ -324,3 +324,10 @@ def test_dummy_pool_reports_the_size_alone():
 
 def test_dummy_pool_has_nothing_to_say_of_several_models():
     assert DummyTaskPool().evaluate(TaskModels({"cats": lambda: random_tower(0)})) == {}
+
+
+def test_pool_that_was_scored_on_can_be_adapted_on(modelpool):
+    tasks = modelpool.task_pool()
+    tasks.evaluate(modelpool.load_pretrained_model())
+    model = WEMoEAlgorithm(max_steps=1, batch_size=4).run(modelpool, tasks)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
