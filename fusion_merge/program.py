@@ -145,7 +145,6 @@ class FusionProgram:
             return {}
         names = self.modelpool.model_names
         wanted = [b for b in self.config["baselines"] if b != self.method.method_name]
-        scale = float(getattr(self.method, "init_lambda", 0.3))
         scores: dict[str, Report] = {}
         for name in wanted:
             tasks = self.taskpool.task_names
@@ -155,7 +154,7 @@ class FusionProgram:
             elif len(names) < 2:
                 continue
             elif name == "task_arithmetic":
-                model = TaskArithmeticAlgorithm(scaling_factor=scale).run(self.modelpool)
+                model = TaskArithmeticAlgorithm().run(self.modelpool)  # with its published λ, 0.3
             else:
                 model, tasks = self.modelpool.fine_tuned_models(), [t for t in tasks if t in names]
             placement = placement_of(fabric)

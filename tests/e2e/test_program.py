@@ -243,10 +243,10 @@ def test_method_is_not_its_own_baseline(pool_dir, tmp_path):
     assert list(report_of(tmp_path)["baselines"]) == ["zero_shot", "fine_tuned"]
 
 
-def test_task_arithmetic_beside_a_routed_method_has_its_lambda(pool_dir, tmp_path):
+def test_task_arithmetic_beside_a_routed_method_has_its_own_lambda(pool_dir, tmp_path):
     common = [*QUICK, "baselines=[task_arithmetic]"]
     assert run(pool_dir, tmp_path / "a", "method=wemoe", "method.init_lambda=0.7", *common).code == 0
-    assert run(pool_dir, tmp_path / "b", "method=task_arithmetic", "method.scaling_factor=0.7").code == 0
+    assert run(pool_dir, tmp_path / "b", "method=task_arithmetic", "method.scaling_factor=0.3").code == 0
     beside, alone = report_of(tmp_path / "a")["baselines"]["task_arithmetic"], report_of(tmp_path / "b")
     assert {task: beside[task] for task in TASKS} == {task: alone[task] for task in TASKS}
 
