@@ -124,7 +124,7 @@ def test_template_defaults_to_a_photo():
 
 def test_embedded_task_brings_its_own_names_and_templates():
     task = make_task("dots", "zoo://tiny8/dots")
-    assert task.classnames == ("one", "two", "three", "four", "five", "six")
+    assert task.classnames == ("one", "two", "three", "four", "five")
     assert task.templates == ("a picture of {} dots.", "{} dots.")
 
 
