@@ -16,7 +16,7 @@ from fusion_merge.pools.model_pool import CLIPVisionModelPool
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 
 if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+    from fusion_merge.adaptation.runtime import Fabric
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -23,7 +23,7 @@ from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 from fusion_merge.registry import register_method
 
 if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+    from fusion_merge.adaptation.runtime import Fabric
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 from fusion_merge.task_vectors import task_arithmetic
 
 if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+    from fusion_merge.adaptation.runtime import Fabric
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from fusion_merge.registry import register_method
 from fusion_merge.task_vectors import simple_average
 
 if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+    from fusion_merge.adaptation.runtime import Fabric
 
 
 @final

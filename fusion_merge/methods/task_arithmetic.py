@@ -16,7 +16,7 @@ from fusion_merge.registry import register_method
 from fusion_merge.task_vectors import task_arithmetic
 
 if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+    from fusion_merge.adaptation.runtime import Fabric
 
 
 @final

@@ -55,7 +55,7 @@ def test_task_is_labelled_and_balanced(task):
     assert data.features["label"].names == tiny8.classnames(task)
     counts = Counter(data["label"])
     assert counts.keys() == set(range(len(tiny8.classnames(task))))
-    assert max(counts.values()) <= 1.5 * min(counts.values())
+    assert max(counts.values()) <= 1.25 * min(counts.values())
 
 
 @pytest.mark.parametrize("task", EVERY_TASK)
