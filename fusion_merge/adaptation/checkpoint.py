@@ -71,8 +71,9 @@ def load_routers(path: Path | str, model: nn.Module, belongs_to: Mapping[str, An
     """
     tensors = _read(path, belongs_to, tensors=True)
     own = router_state(model)
-    if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in own.items()}:
-        raise CheckpointError(f"router checkpoint `{path}` has routers of other shapes than this model")
+    there, here = ({n: list(t.shape) for n, t in state.items()} for state in (tensors, own))
+    if differences := _differences(there, here):
+        raise CheckpointError(f"router checkpoint `{path}` does not fit: shape of " + "; ".join(differences[:3]))
     for name, parameter in own.items():
         parameter.data.copy_(tensors[name])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -14,11 +15,19 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from fusion_merge.adaptation.guard import CollapseGuard
 from fusion_merge.adaptation.objectives import Objective
-from fusion_merge.adaptation.runtime import finish_logs, log_metrics
+from fusion_merge.adaptation.runtime import (
+    any_process,
+    averaged,
+    check_precision,
+    finish_logs,
+    gathered,
+    log_metrics,
+)
 from fusion_merge.errors import AdaptationError, ConfigError, nearest
 from fusion_merge.models.clip import pooled_output
 
@@ -47,8 +56,8 @@ class AdaptationRecord:
     Attributes:
         steps: how many steps were taken.
         interrupted: whether it ended early, by Ctrl-C.
-        entropy: for each task, the entropy of each step, in nats.
-        collapsed: tasks that collapsed to one class, and at which step.
+        entropy: for each task, the entropy of each step, in nats; the mean over processes.
+        collapsed: tasks that collapsed to one class, and the step at which that began.
         seconds: how long it took.
     """
 
@@ -90,15 +99,19 @@ def adapt(
         use_grad_accumulate: run backward after each task: the same gradient in less memory.
 
     Raises:
-        AdaptationError: if the loss of a task is not a number; the parameters stay as they were before that step.
-        ConfigError: if there is no such optimizer, or no task.
+        AdaptationError: if the loss of a task is not a number; the parameters are the last ones with which every loss
+            was a number.
+        ConfigError: if there is no such optimizer, or no task, or if the precision is too low to train in.
     """
     if not streams:
         raise ConfigError("there is no task to adapt on; give at least one")
+    check_precision(fabric)
     record = AdaptationRecord(entropy={name: [] for name in streams})
     guard = CollapseGuard({name: stream.num_classes for name, stream in streams.items()})
+    _leave_frozen_tensors_alone(model)
     wrapped, optim = fabric.setup(model, make_optimizer(optimizer, parameters, lr))
     wrapped.eval()
+    update = _Update(parameters, optim)
     start = time.perf_counter()
     bar = tqdm(
         range(max_steps),
@@ -109,14 +122,19 @@ def adapt(
     try:
         with _interruptible() as interrupted, bar:
             for step in bar:
-                metrics = _step(wrapped, optim, streams, fabric, objective, step, guard, use_grad_accumulate)
+                losses, predictions = _gradient(wrapped, optim, streams, fabric, objective, use_grad_accumulate)
+                _refuse_nan(losses, update, step)
+                update.take(step)
+                metrics = {"entropy/mean": sum(losses.values()) / len(losses)}
+                for name, loss in losses.items():
+                    record.entropy[name].append(loss)
+                    metrics[f"entropy/{name}"] = loss
+                    metrics[f"top_class_share/{name}"] = guard.update(step, name, predictions[name])
                 record.steps = step + 1
                 record.collapsed = guard.collapsed
-                for name in streams:
-                    record.entropy[name].append(metrics[f"entropy/{name}"])
                 bar.set_postfix(entropy=f"{metrics['entropy/mean']:.3f}")
                 log_metrics(fabric, metrics, step)
-                if interrupted.is_set():
+                if any_process(fabric, interrupted.is_set()):
                     record.interrupted = True
                     log.warning(
                         "interrupted after step %d of %d: going on with the routers as they are",
@@ -130,18 +148,17 @@ def adapt(
     return record
 
 
-def _step(
+def _gradient(
     model: Any,
     optimizer: torch.optim.Optimizer,
     streams: Mapping[str, TaskStream],
     fabric: Fabric,
     objective: Objective,
-    step: int,
-    guard: CollapseGuard,
     use_grad_accumulate: bool,
-) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    losses = []
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Form the gradient of one batch of each task; return each task's loss and predictions, those of all processes."""
+    losses: dict[str, Tensor] = {}
+    predictions: dict[str, Tensor] = {}
     optimizer.zero_grad()
     for index, (name, stream) in enumerate(streams.items()):
         last = index == len(streams) - 1
@@ -149,39 +166,78 @@ def _step(
         with fabric.no_backward_sync(model, enabled=use_grad_accumulate and not last):
             logits = stream.head(pooled_output(model(pixel_values=pixels)))
             loss = objective(logits)
-            metrics[f"entropy/{name}"] = value = loss.item()
-            if not torch.isfinite(loss):
-                raise AdaptationError(
-                    f"the loss of task `{name}` is {value} at step {step}; the routers are those of the step before: "
-                    "try a smaller `lr`, or look for broken images or weights"
-                )
             if use_grad_accumulate:
                 fabric.backward(loss)
-            else:
-                losses.append(loss)
-        metrics[f"top_class_share/{name}"] = guard.update(step, name, logits)
-    if losses:
-        fabric.backward(torch.stack(losses).sum())
-    optimizer.step()
-    values = [metrics[f"entropy/{name}"] for name in streams]
-    return {"entropy/mean": sum(values) / len(values), **metrics}
+                loss = loss.detach()
+        losses[name] = loss
+        predictions[name] = gathered(fabric, logits.detach().argmax(dim=-1))
+    stacked = torch.stack(list(losses.values()))
+    if not use_grad_accumulate:
+        fabric.backward(stacked.sum())
+    values = averaged(fabric, stacked.detach()).tolist()
+    return dict(zip(losses, values, strict=True)), predictions
 
 
-def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, **options: Any) -> torch.optim.Optimizer:
-    """Make an optimizer by name.
+class _Update:
+    """Steps of an optimizer that can be taken back, so that a step gone wrong spoils nothing."""
+
+    def __init__(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        self._parameters = parameters
+        self._optimizer = optimizer
+        self._before: list[Tensor] = []
+
+    def take(self, step: int) -> None:
+        before = [p.detach().clone() for p in self._parameters]
+        self._optimizer.step()
+        self._before = before
+        if not all(torch.isfinite(p).all() for p in self._parameters):
+            self.take_back()
+            raise AdaptationError(
+                f"the routers would not be finite after step {step}; they are kept as they were before it: "
+                "try a smaller `lr`, or look for broken images or weights"
+            )
+
+    def take_back(self) -> None:
+        """Put back the parameters that were there before the last step."""
+        for parameter, value in zip(self._parameters, self._before, strict=False):
+            parameter.data.copy_(value)
+
+
+def _refuse_nan(losses: dict[str, float], update: _Update, step: int) -> None:
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            update.take_back()
+            raise AdaptationError(
+                f"the loss of task `{name}` is {loss} at step {step}; the routers are the last ones with which every "
+                "loss was a number: try a smaller `lr`, or look for broken images or weights"
+            )
+
+
+def _leave_frozen_tensors_alone(model: nn.Module) -> None:
+    """Tell DDP that only what is trained needs to be sent between processes: all of them read the same files.
+
+    Frozen banks are large, and some back ends cannot send the 16-bit columns of a sparse one.
+    """
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, [*frozen, *(name for name, _ in model.named_buffers())]
+    )
+
+
+def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """Make an optimizer by name, without weight decay.
 
     Args:
         name: one of `OPTIMIZERS`.
         parameters: what it trains.
         lr: the learning rate, above 0.
-        **options: further options of that optimizer.
 
     Raises:
         ConfigError: if there is no such optimizer.
     """
-    if name.lower() not in OPTIMIZERS:
+    if name not in OPTIMIZERS:
         raise ConfigError(f"`optimizer`={name!r} is unknown; {nearest(name, OPTIMIZERS)}")
-    return OPTIMIZERS[name.lower()](parameters, lr=lr, **options)
+    return OPTIMIZERS[name](parameters, lr=lr, weight_decay=0.0)
 
 
 @contextmanager

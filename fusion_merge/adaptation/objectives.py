@@ -28,7 +28,7 @@ def entropy(logits: Tensor) -> Tensor:
     .. math:: H = -\sum_c p_c \log p_c, \qquad p = \operatorname{softmax}(z)
 
     Args:
-        logits: z, in any floating-point precision; the sum is formed in float32.
+        logits: z, in any floating-point precision; the sum is formed in float32, or float64 if they are.
 
     Shape:
         (B, C) → (B,).
@@ -36,7 +36,7 @@ def entropy(logits: Tensor) -> Tensor:
     Source: Wang et al. 2021 (Tent), eq. 1. The reference adds 1e-8 inside the logarithm, which is NaN in half
     precision; log-softmax needs no such constant.
     """
-    log_p = torch.log_softmax(logits.float(), dim=-1)  # (B, C)
+    log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)  # (B, C)
     return -(log_p.exp() * log_p).sum(dim=-1)  # (B,)
 
 

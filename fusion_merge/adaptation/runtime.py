@@ -9,10 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning_fabric import Fabric as Fabric
 from lightning_fabric.loggers.csv_logs import CSVLogger
 from lightning_fabric.loggers.logger import Logger
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from fusion_merge.errors import ConfigError
 from fusion_merge.pools.loaders import Placement
@@ -51,7 +54,7 @@ def make_fabric(
                 loggers=_loggers(log_dir) if log_dir is not None else None,
             )
             fabric.launch()
-        except (ValueError, RuntimeError, TypeError, ImportError) as error:
+        except (ValueError, RuntimeError, TypeError, ImportError, MisconfigurationException) as error:
             raise ConfigError(
                 f"`fabric` cannot have devices={devices!r}, accelerator={accelerator!r}, precision={precision!r}, "
                 f"strategy={strategy!r} here: {error}"
@@ -66,6 +69,61 @@ def placement_of(fabric: Fabric) -> Placement:
         fabric: the Fabric.
     """
     return Placement(fabric.device, fabric.global_rank, fabric.world_size, fabric.autocast)
+
+
+def check_precision(fabric: Fabric) -> None:
+    """Refuse a precision in which routers cannot be adapted.
+
+    Args:
+        fabric: the Fabric.
+
+    Raises:
+        ConfigError: if routers would be stored in half precision: steps of a usual learning rate are lost in rounding.
+    """
+    precision = str(fabric.strategy.precision.precision)
+    if precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
+        raise ConfigError(
+            f"`fabric.precision`={precision} stores routers in half precision, where steps of a usual `lr` are lost in "
+            "rounding; choose 32-true, bf16-mixed or 16-mixed"
+        )
+
+
+def any_process(fabric: Fabric, flag: bool) -> bool:
+    """Tell whether a flag is set in any process.
+
+    Args:
+        fabric: the Fabric.
+        flag: this process's.
+    """
+    if fabric.world_size == 1:
+        return flag
+    return bool(fabric.all_reduce(torch.tensor(float(flag), device=fabric.device), reduce_op="max"))
+
+
+def averaged(fabric: Fabric, values: Tensor) -> Tensor:
+    """Return the mean of a tensor over all processes.
+
+    Args:
+        fabric: the Fabric.
+        values: this process's.
+    """
+    if fabric.world_size == 1:
+        return values
+    mean: Tensor = fabric.all_reduce(values, reduce_op="mean")  # type: ignore[assignment]
+    return mean
+
+
+def gathered(fabric: Fabric, values: Tensor) -> Tensor:
+    """Return the values of all processes, one after the other.
+
+    Args:
+        fabric: the Fabric.
+        values: this process's, (B,); as many in each.
+    """
+    if fabric.world_size == 1:
+        return values
+    every: Tensor = fabric.all_gather(values)  # type: ignore[assignment] # (processes, B)
+    return every.flatten()
 
 
 def _loggers(log_dir: Path | str) -> list[Logger]:

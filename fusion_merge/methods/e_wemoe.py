@@ -8,6 +8,7 @@ from typing import final
 
 import torch
 
+from fusion_merge.errors import ConfigError
 from fusion_merge.methods.moe_base import MoEMethod
 from fusion_merge.models.merged import MergedCLIPVisionModel
 from fusion_merge.moe import LayerEncodedRouter, Router, SparseExperts, make_router
@@ -46,7 +47,23 @@ class EWEMoEAlgorithm(MoEMethod):
     )
     use_grad_accumulate: bool = option(False, help="backward after each task: the same gradient in less memory")
 
-    def make_experts(self, path: str, task_vectors: Sequence[TaskVector]) -> SparseExperts:
+    def __post_init__(self) -> None:
+        """Check all options.
+
+        Raises:
+            ConfigError: if one is out of range, or if the position code has no router to be shown to.
+        """
+        super().__post_init__()
+        if self.position_encoding_dim % 2:
+            raise ConfigError(f"`position_encoding_dim`={self.position_encoding_dim} is odd; choose an even number")
+        if self.position_encoding and not (self.shared_gate and self.router_hidden_layers):
+            raise ConfigError(
+                "`position_encoding`=True tells a shared router which layer it decides for; it needs "
+                f"`shared_gate`=True, not {self.shared_gate}, and `router_hidden_layers` 1 or 2, "
+                f"not {self.router_hidden_layers}"
+            )
+
+    def make_experts(self, path: str, task_vectors: Sequence[TaskVector], device: torch.device) -> SparseExperts:
         """See `MoEMethod.make_experts`."""
         return SparseExperts.from_task_vectors(task_vectors, self.tv_prune_ratio)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 from fusion_merge.adaptation.checkpoint import check_routers, load_routers, save_routers
 from fusion_merge.adaptation.loop import OPTIMIZERS, AdaptationRecord, TaskStream, adapt
 from fusion_merge.adaptation.objectives import OBJECTIVES, make_objective
-from fusion_merge.adaptation.runtime import make_fabric, placement_of
+from fusion_merge.adaptation.runtime import check_precision, make_fabric, placement_of
 from fusion_merge.errors import ConfigError
 from fusion_merge.files import check_writable
 from fusion_merge.methods.base import Method
@@ -78,12 +79,13 @@ class MoEMethod(Method):
                 raise ConfigError(f"`{key}`=True says not where; give a path, or false")
 
     @abstractmethod
-    def make_experts(self, path: str, task_vectors: Sequence[TaskVector]) -> Experts:
-        """Return the bank of one linear layer.
+    def make_experts(self, path: str, task_vectors: Sequence[TaskVector], device: torch.device) -> Experts:
+        """Return the bank of one linear layer, on the CPU.
 
         Args:
             path: the layer's name, for errors.
-            task_vectors: its N task vectors.
+            task_vectors: its N task vectors, on the CPU.
+            device: where to do what is costly.
         """
 
     def router_maker(self, generator: torch.Generator) -> MakeRouter:
@@ -101,7 +103,9 @@ class MoEMethod(Method):
         return None
 
     def after_adaptation(self, model: MergedCLIPVisionModel) -> None:
-        """Do what is left to do with adapted routers; by default nothing.
+        """Do what is left to do with routers that were adapted or loaded; by default nothing.
+
+        A router checkpoint holds them as they were before this.
 
         Args:
             model: the model, changed in place.
@@ -113,7 +117,8 @@ class MoEMethod(Method):
         if self.checkpoint:
             check_routers(str(self.checkpoint), self._belongs_to(modelpool))
         elif self.max_steps > 0:
-            self._adaptation_tasks(modelpool, taskpool).check()
+            for pool in set(self._adaptation_pools(modelpool, taskpool).values()):
+                pool.check()
         if self.save_checkpoint:
             check_writable(str(self.save_checkpoint), "method.save_checkpoint")
 
@@ -123,7 +128,7 @@ class MoEMethod(Method):
         taskpool: CLIPVisionModelTaskPool | None = None,
         fabric: Fabric | None = None,
     ) -> MergedCLIPVisionModel:
-        """Build the routed model, adapt its routers (or load them), and return it in eval mode.
+        """Build the routed model, adapt its routers (or load them), and return it on the Fabric's device, in eval mode.
 
         Args:
             modelpool: the models; not changed.
@@ -135,24 +140,27 @@ class MoEMethod(Method):
         """
         self.check(modelpool, taskpool)
         fabric = fabric if fabric is not None else make_fabric(devices=self.devices)
-        model = self.build(modelpool)
+        check_precision(fabric)
+        model = self.build(modelpool, fabric.device)
+        fabric.to_device(model)
         self.record = None
         if self.checkpoint:
             load_routers(str(self.checkpoint), model, self._belongs_to(modelpool))
         elif self.max_steps > 0:
-            self._adapt(model, modelpool.model_names, self._adaptation_tasks(modelpool, taskpool), fabric)
-            self.after_adaptation(model)
-        set_routing(model, Routing.BATCH if self.inference_batch_reduce else Routing.SAMPLE)
+            self._adapt(model, self._adaptation_pools(modelpool, taskpool), fabric)
         if self.save_checkpoint and fabric.is_global_zero:
             save_routers(str(self.save_checkpoint), model, self._belongs_to(modelpool))
             log.info("routers saved to %s", self.save_checkpoint)
+        self.after_adaptation(model)
+        set_routing(model, Routing.BATCH if self.inference_batch_reduce else Routing.SAMPLE)
         return model
 
-    def build(self, modelpool: CLIPVisionModelPool) -> MergedCLIPVisionModel:
-        """Build the routed model, its routers not adapted yet.
+    def build(self, modelpool: CLIPVisionModelPool, device: torch.device | None = None) -> MergedCLIPVisionModel:
+        """Build the routed model on the CPU, its routers not adapted yet.
 
         Args:
             modelpool: the models; not changed.
+            device: where to do what is costly, such as decompositions; by default the CPU.
         """
         pretrained = modelpool.state(PRETRAINED)
         finetuned = [modelpool.state(name) for name in modelpool.model_names]
@@ -167,7 +175,7 @@ class MoEMethod(Method):
                 backbone,
                 pretrained,
                 finetuned,
-                make_experts=self.make_experts,
+                make_experts=partial(self.make_experts, device=device or torch.device("cpu")),
                 make_router=self.router_maker(torch.Generator().manual_seed(self.seed)),
                 routing=Routing.BATCH if self.batch_reduce else Routing.SAMPLE,
                 selection=self.make_selection(),
@@ -182,39 +190,39 @@ class MoEMethod(Method):
             base_model=modelpool.base_model,
         )
 
-    def _adaptation_tasks(
+    def _adaptation_pools(
         self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None
-    ) -> CLIPVisionModelTaskPool:
-        """Return the pool whose images are adapted on."""
-        own, names = modelpool.test_datasets, modelpool.model_names
-        if taskpool is None and not own:
-            raise ConfigError(
-                "adaptation needs images: give the model pool `test_datasets`, or a task pool with tasks, "
-                "or load adapted routers with `checkpoint`"
-            )
-        # where both pools have the same images, heads and preprocessing are shared
-        shared = taskpool is not None and all(n not in own or _same(own[n], taskpool.specs.get(n)) for n in names)
-        tasks = taskpool if taskpool is not None and shared else modelpool.task_pool()
-        for name in names:
-            tasks.task(name)
-        return tasks
+    ) -> dict[str, CLIPVisionModelTaskPool]:
+        """Return, for each task, the pool whose images are adapted on: the model pool's own datasets come first."""
+        own = modelpool.test_datasets
+        scored = taskpool.specs if taskpool is not None else {}
+        pools: dict[str, CLIPVisionModelTaskPool] = {}
+        for name in modelpool.model_names:
+            if taskpool is not None and name in scored and (name not in own or _same(own[name], scored[name])):
+                pools[name] = taskpool  # where both pools have the same images, heads and preprocessing are shared
+            elif name in own:
+                pools[name] = modelpool.task_pool()
+            else:
+                raise ConfigError(
+                    f"adaptation needs images of `{name}`: neither the model pool's `test_datasets` nor the task pool "
+                    "has that task; add it to one of them, or load adapted routers with `checkpoint`"
+                )
+        if taskpool is not None:
+            modelpool.lend_pretrained(taskpool)
+        return pools
 
     def _adapt(
-        self,
-        model: MergedCLIPVisionModel,
-        names: Sequence[str],
-        tasks: CLIPVisionModelTaskPool,
-        fabric: Fabric,
+        self, model: MergedCLIPVisionModel, pools: Mapping[str, CLIPVisionModelTaskPool], fabric: Fabric
     ) -> None:
         placement = placement_of(fabric)
-        workers = fitting_workers(self.num_workers, len(names))
+        workers = fitting_workers(self.num_workers, len(pools))
         streams = {
             name: TaskStream(
-                batches=self._batches(tasks, name, index, workers, placement),
-                head=tasks.head(name).to(fabric.device),
-                num_classes=len(tasks.task(name).classnames),
+                batches=self._batches(pool, name, index, workers, placement),
+                head=pool.head(name).to(fabric.device),
+                num_classes=len(pool.task(name).classnames),
             )
-            for index, name in enumerate(names)
+            for index, (name, pool) in enumerate(pools.items())
         }
         self.record = adapt(
             model,

@@ -44,7 +44,7 @@ class RankOneMoEAlgorithm(MoEMethod):
         minimum=-1,
         shapes_model=True,
     )
-    svd_accelerator: str = option("auto", help="where to decompose: auto, cpu, cuda, …")
+    svd_accelerator: str = option("auto", help="where to decompose: auto (as Fabric), cpu, cuda, …")
 
     def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
         """See `Method.check`: rank and selection against the width of the tower."""
@@ -61,13 +61,13 @@ class RankOneMoEAlgorithm(MoEMethod):
                 f"`select_k`={self.select_k} is not in 1-{experts}, the number of experts of a layer; "
                 f"choose 1-{experts}, or -1 for all of them"
             )
-        _svd_device(self.svd_accelerator)
+        _svd_device(self.svd_accelerator, torch.device("cpu"))
         super().check(modelpool, taskpool)
 
-    def make_experts(self, path: str, task_vectors: Sequence[TaskVector]) -> LowRankExperts:
+    def make_experts(self, path: str, task_vectors: Sequence[TaskVector], device: torch.device) -> LowRankExperts:
         """See `MoEMethod.make_experts`."""
-        device = _svd_device(self.svd_accelerator)
-        return LowRankExperts.from_task_vectors(task_vectors, self.rank_k, self.init_lambda, device)
+        where = _svd_device(self.svd_accelerator, device)
+        return LowRankExperts.from_task_vectors(task_vectors, self.rank_k, self.init_lambda, where)
 
     def router_maker(self, generator: torch.Generator) -> MakeRouter:
         """See `MoEMethod.router_maker`: between two layers a router is 2·K wide."""
@@ -80,13 +80,13 @@ class RankOneMoEAlgorithm(MoEMethod):
         return SoftTopK(self.select_k) if self.select_k > 0 else None
 
 
-def _svd_device(accelerator: str) -> torch.device:
+def _svd_device(accelerator: str, auto: torch.device) -> torch.device:
     """Return the device that `svd_accelerator` stands for."""
     if accelerator == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return auto
     try:
         device = torch.device("cuda" if accelerator == "gpu" else accelerator)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # no value comes back from `meta`
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"`svd_accelerator`={accelerator!r} is not on this machine; choose `auto` or `cpu`"

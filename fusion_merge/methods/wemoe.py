@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+import torch
+
 from fusion_merge.methods.moe_base import MoEMethod
 from fusion_merge.moe import DenseExperts
 from fusion_merge.moe.experts import TaskVector
@@ -26,6 +28,6 @@ class WEMoEAlgorithm(MoEMethod):
     accident; here inference is sample-wise unless `inference_batch_reduce`.
     """
 
-    def make_experts(self, path: str, task_vectors: Sequence[TaskVector]) -> DenseExperts:
+    def make_experts(self, path: str, task_vectors: Sequence[TaskVector], device: torch.device) -> DenseExperts:
         """See `MoEMethod.make_experts`."""
         return DenseExperts.from_task_vectors(task_vectors)

@@ -170,6 +170,7 @@ class MergedCLIPVisionModel(PreTrainedModel):
                 self.config.architectures = [type(self).__name__]
                 self.config.save_pretrained(temporary)
                 files = sorted(Path(temporary).iterdir(), key=lambda f: f.name == "config.json")  # the last one
+                (folder / "config.json").unlink(missing_ok=True)  # until all is in place, nothing here can be read
                 for file in files:
                     file.replace(folder / file.name)
                 for stale in set(folder.glob("model*.safetensors*")) - {folder / f.name for f in files}:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fusion_merge.errors import ConfigError
 from fusion_merge.task_vectors import magnitude_prune, truncated_svd
@@ -178,7 +179,13 @@ class SparseExperts(Experts):
         return dense.view(num_tasks, out_features, self.in_features)
 
     def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
-        """See `Experts.forward`."""
+        """See `Experts.forward`: for the gradient the bank is expanded again, so that no dense copy of it is kept."""
+        if torch.is_grad_enabled() and (x.requires_grad or coefficients.requires_grad):
+            kept = checkpoint(self._forward, x, coefficients, base, use_reentrant=False, preserve_rng_state=False)
+            return cast(Tensor, kept)
+        return self._forward(x, coefficients, base)
+
+    def _forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
         return _merged_linear(x, coefficients, base, self.expand(), self.bias)
 
     def delta(self, coefficients: Tensor) -> LinearDelta:

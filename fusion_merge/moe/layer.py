@@ -112,7 +112,7 @@ class MoEMLP(nn.Module):
         return self.router.num_coefficients
 
     def coefficients(self, tokens: Tensor) -> Tensor:
-        """Return the merging coefficients after averaging and selection.
+        """Return the merging coefficients after averaging and selection, both in float32 at least.
 
         Args:
             tokens: the MLP's input.
@@ -120,11 +120,12 @@ class MoEMLP(nn.Module):
         Shape:
             (B, T, D) → (B, K) under sample routing, (1, K) under batch routing.
         """
-        routed = self.router(tokens).mean(dim=1)  # (B, K)
+        scores: Tensor = self.router(tokens)  # (B, T, K)
+        routed = scores.to(torch.promote_types(scores.dtype, torch.float32)).mean(dim=1)  # (B, K)
         if self.routing is Routing.BATCH:
             routed = routed.mean(dim=0, keepdim=True)  # (1, K)
         selected: Tensor = self.selection(routed)
-        return selected
+        return selected.to(scores.dtype)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the MLP's output; shapes as in the class docstring.

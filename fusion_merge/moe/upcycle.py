@@ -13,7 +13,7 @@ from fusion_merge.moe.experts import Experts, TaskVector
 from fusion_merge.moe.layer import MoELinear, MoEMLP, Routing, mlp_parts
 from fusion_merge.moe.router import Router
 from fusion_merge.moe.selection import Selection
-from fusion_merge.task_vectors import State
+from fusion_merge.task_vectors import State, difference
 
 log = logging.getLogger(__name__)
 
@@ -119,5 +119,6 @@ def _load_pretrained(linear: nn.Linear, pretrained: State, path: str) -> None:
 
 
 def _task_vectors(pretrained: State, finetuned: Sequence[State], path: str) -> list[TaskVector]:
-    weight, bias = pretrained[f"{path}.weight"], pretrained[f"{path}.bias"]
-    return [TaskVector(s[f"{path}.weight"] - weight, s[f"{path}.bias"] - bias) for s in finetuned]
+    before = {part: pretrained[f"{path}.{part}"] for part in TaskVector._fields}
+    vectors = (difference({part: state[f"{path}.{part}"] for part in before}, before) for state in finetuned)
+    return [TaskVector(**vector) for vector in vectors]

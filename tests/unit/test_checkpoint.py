@@ -126,7 +126,7 @@ def test_numbers_of_equal_value_do_not_differ(saved):
 
 
 def test_routers_of_other_shapes_are_refused(saved):
-    _refused(saved, "other shapes", model=upcycled_toy(depth=1))
+    _refused(saved, "does not fit: shape of `layers", model=upcycled_toy(depth=1))
 
 
 def test_a_missing_file_is_refused(tmp_path):
