@@ -1,7 +1,7 @@
 # make run    merge the embedded pool of eight models, adapt, score, report
 # make test   run all tests
 # make lint   style and types
-# make clean  remove what these made
+# make clean  remove the environment and the caches; what runs wrote to outputs/ is yours and stays
 # Each makes .venv where it is missing and installs what it needs, in the tested versions of constraints.txt.
 
 PYTHON ?= python3
@@ -27,7 +27,7 @@ clean:
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v[:2] < (3, 14) or sys.exit(f"fusion_merge needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12 …")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed-run: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[tiny8,plot]'

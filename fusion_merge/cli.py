@@ -9,9 +9,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -31,12 +32,26 @@ log = logging.getLogger(__name__)
 _GROUPS = ("method", "modelpool", "taskpool")
 _OPEN_TABLES = (
     "modelpool.models",
+    "modelpool.processor",
     "modelpool.train_datasets",
     "modelpool.test_datasets",
     "taskpool.tasks",
     "taskpool.test_datasets",
+    "taskpool.clip_model",
+    "taskpool.base_model",
+    "taskpool.processor",
+    "taskpool.dataloader_kwargs",
 )
-"""Tables that users add names to: `taskpool.tasks.cats=…` needs no `+`."""
+"""Tables that users add names to: `taskpool.tasks.cats=…` and `taskpool.tasks={cats: …}` need no `+`."""
+
+_WRITTEN: dict[str, Literal["file", "folder"]] = {
+    "output_dir": "folder",
+    "merged_model_save_path": "folder",
+    "report_save_path": "file",
+    "method.output": "folder",
+    "method.save_checkpoint": "file",
+}
+"""What a run writes: in a sweep each job has its own, such as `merged/0` and `report-0.json` of the first."""
 
 
 def main() -> None:
@@ -105,17 +120,30 @@ def _plain(config: DictConfig) -> dict[str, Any]:
             raise ConfigError(f"`baselines` has {baseline!r}; {nearest(str(baseline), BASELINES)}")
     if plain["seed"] < 0:
         raise ConfigError(f"`seed`={plain['seed']} is negative; choose 0 or more")
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN:
+        _keep_apart(plain, hydra_config.job.num)
     return {str(key): value for key, value in plain.items()}
+
+
+def _keep_apart(config: dict[Any, Any], job: int) -> None:
+    """Put the number of a sweep's job into every place that it writes to, or jobs would overwrite one another."""
+    for key, kind in _WRITTEN.items():
+        *groups, name = key.split(".")
+        table = reduce(getitem, groups, config)
+        place = table.get(name)
+        if not isinstance(place, str) or not Path(place).name:
+            continue
+        path = Path(place)
+        table[name] = str(path / str(job) if kind == "folder" else path.with_stem(f"{path.stem}-{job}"))
 
 
 def _output_dir(config: dict[str, Any]) -> Path:
     """Return where this run writes: a folder that does not exist yet, unless the user named one."""
-    hydra_config = HydraConfig.get()
-    sweep = hydra_config.mode == RunMode.MULTIRUN
     if config["output_dir"] is not None:
-        folder = Path(config["output_dir"]).expanduser()
-        return folder / str(hydra_config.job.num) if sweep else folder
-    if sweep or hydra_config.run.dir != ".":
+        return Path(config["output_dir"]).expanduser()
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN or hydra_config.run.dir != ".":
         return Path(hydra_config.runtime.output_dir)
     stamp = Path("outputs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder, count = stamp, 1
@@ -129,7 +157,9 @@ def _open(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if key in _GROUPS and equals and value in ("", "null"):
         raise ConfigError(f"`{key}`={value or None} names no preset; choose one with `{key}=NAME`")
-    return f"++{argument}" if key.startswith(tuple(f"{table}." for table in _OPEN_TABLES)) else argument
+    below = key.startswith(tuple(f"{table}." for table in _OPEN_TABLES))
+    whole = key in _OPEN_TABLES and value.startswith("{")
+    return f"++{argument}" if below or whole else argument
 
 
 def _explain(error: Exception) -> str:
@@ -152,7 +182,10 @@ def _explain(error: Exception) -> str:
 
 def _explain_key(key: str) -> str:
     """Return what is wrong with the key of an override: the first part that does not exist, and the nearest."""
-    config = _selected_config()
+    try:
+        config = _selected_config()
+    except Exception:  # the presets may fail in any way of their own; what is to be explained came first
+        return f"`{key}` is not an option; see `--cfg job` for what is"
     parts = key.lstrip("+~").split(".")
     for depth, part in enumerate(parts):
         node = OmegaConf.select(config, ".".join(parts[:depth])) if depth else config
@@ -169,6 +202,16 @@ def _selected_config() -> DictConfig:
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
-    presets = [a for a in sys.argv[1:] if a.partition("=")[0] in _GROUPS]
+    presets = [_first(a) for a in sys.argv[1:] if a.partition("=")[0] in _GROUPS]
     with initialize_config_module("fusion_merge.config", version_base="1.3"):
         return compose("config", overrides=presets)
+
+
+def _first(preset: str) -> str:
+    """Return the first choice of a preset that is swept, and any other as it is."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    override = OverridesParser.create().parse_override(preset)
+    if not override.is_sweep_override():
+        return preset
+    return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"

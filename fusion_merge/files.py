@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from safetensors import SafetensorError
 
@@ -41,22 +42,27 @@ def atomic(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: Path | str, what: str) -> None:
+def check_writable(path: Path | str, what: str, *, kind: Literal["file", "folder"] = "file") -> None:
     """Refuse a path that could not be written, before work is done that would be lost.
 
     Args:
         path: a file or folder that need not exist yet.
         what: the option that names it, for the error.
+        kind: which of the two it is meant to be.
 
     Raises:
-        ConfigError: if what is there already is in the way, or not writable.
+        ConfigError: if what is there already is of the other kind, in the way, or not writable.
     """
     target = Path(path).expanduser().absolute()
     existing = next(p for p in (target, *target.parents) if p.exists())
-    if existing != target and not existing.is_dir():
-        raise ConfigError(f"`{what}`={str(path)!r} cannot be written: `{existing}` is a file, not a folder")
-    if not os.access(existing, os.W_OK):
-        raise ConfigError(f"`{what}`={str(path)!r} cannot be written: no permission for `{existing}`")
+    wrong = f"`{what}`={str(path)!r} cannot be written:"
+    if existing == target and kind == "file" and target.is_dir():
+        raise ConfigError(f"{wrong} `{target}` is a folder; name a file, for example one in that folder")
+    if not existing.is_dir() and (existing != target or kind == "folder"):
+        raise ConfigError(f"{wrong} `{existing}` is a file, not a folder; name another place")
+    folder = existing if existing.is_dir() else existing.parent  # where a new file takes the place of the old one
+    if not (os.access(existing, os.W_OK) and os.access(folder, os.W_OK | os.X_OK)):
+        raise ConfigError(f"{wrong} no permission for `{existing}`; name another place")
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -19,7 +19,7 @@ import yaml
 from lightning_fabric import Fabric
 from torch import nn
 
-from fusion_merge.adaptation.runtime import make_fabric, placement_of
+from fusion_merge.adaptation.runtime import check_precision, make_fabric, placement_of
 from fusion_merge.errors import ConfigError
 from fusion_merge.files import check_writable, write_text
 from fusion_merge.methods.base import Method
@@ -69,16 +69,23 @@ class FusionProgram:
         self.method.check(self.modelpool, self._tasks_for_method())
         if isinstance(self.taskpool, CLIPVisionModelTaskPool):
             self.taskpool.check()
-        for option in ("merged_model_save_path", "report_save_path"):
-            if self.config.get(option):
-                check_writable(self.config[option], option)
-        check_writable(self.output_dir, "output_dir")
+        self._check_places()
+        fabric = make_fabric(**self._fabric_options(), launch=False)
+        if self.method.trains:
+            check_precision(fabric)
+
+    def _check_places(self) -> None:
+        check_writable(self.output_dir, "output_dir", kind="folder")
+        if self.config.get("report_save_path"):
+            check_writable(self.config["report_save_path"], "report_save_path")
         folder = self.config.get("merged_model_save_path")
         if folder and not self.method.makes_one_model:
             raise ConfigError(
                 f"`merged_model_save_path`={folder!r}: `{self.method.method_name}` makes one model a task, "
                 "not a merged one; its own `output` says where they go"
             )
+        if folder:
+            check_writable(folder, "merged_model_save_path", kind="folder")
 
     def plan(self) -> str:
         """Return what the run is about to do, in words."""
@@ -98,7 +105,7 @@ class FusionProgram:
         """Run everything, and return the report that was written."""
         with self._phase("reading"):
             self.check()
-        fabric = make_fabric(**self.config["fabric"], log_dir=self.output_dir / "logs")
+        fabric = make_fabric(**self._fabric_options(), log_dir=self.output_dir / "logs")
         if fabric.is_global_zero:
             log.info("%s\n", self.plan())
             self._clear()
@@ -113,7 +120,23 @@ class FusionProgram:
         report["run"] = self._describe_run()
         if fabric.is_global_zero:
             self._write(report, model, fabric)
+            self.method.on_run_end()
         return report
+
+    def _fabric_options(self) -> dict[str, Any]:
+        """Return the options of Fabric: `method.devices`, fusion_bench's name, counts devices other than the CPU."""
+        options = dict(self.config["fabric"])
+        devices = getattr(self.method, "devices", 1)
+        if devices in (1, options["devices"]):
+            return options
+        if options["devices"] != 1:
+            raise ConfigError(
+                f"`method.devices`={devices!r} and `fabric.devices`={options['devices']!r} disagree; give one of them"
+            )
+        if make_fabric(**options, launch=False).device.type == "cpu":
+            log.info("`method.devices`=%s has no effect on the CPU; `fabric.devices` starts several processes", devices)
+            return options
+        return options | {"devices": devices}
 
     def _clear(self) -> None:
         """Remove what an earlier run left in the same folder, so that nothing old stands beside the new report."""

@@ -22,7 +22,11 @@ class FabricConfig:
 
 @dataclass
 class ProgramConfig:
-    """One run."""
+    """One run.
+
+    In a sweep (`--multirun`) the number of the job is put into every place that it writes to, `method.output` and
+    `method.save_checkpoint` included: folders get a subfolder (`merged/0`), files another name (`report-0.json`).
+    """
 
     method: Any = None
     modelpool: Any = None

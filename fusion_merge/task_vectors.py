@@ -161,7 +161,8 @@ def truncated_svd(matrix: Tensor, rank: int, device: torch.device | str | None =
         raise ConfigError(
             f"`rank`={rank} is not possible for a matrix of {tuple(matrix.shape)}; choose 1-{limit} or -1"
         )
-    left, values, right = torch.linalg.svd(matrix.to(device or matrix.device, torch.float32), full_matrices=False)
+    exact = matrix.to(device or matrix.device, torch.promote_types(matrix.dtype, torch.float32))
+    left, values, right = torch.linalg.svd(exact, full_matrices=False)
     left, right = left[:, :rank], values[:rank, None] * right[:rank]  # (O, k), (k, I)
     return left.to(matrix).contiguous(), right.to(matrix).contiguous()
 

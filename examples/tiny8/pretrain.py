@@ -15,14 +15,16 @@ import copy
 import json
 import logging
 import math
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
 from fusion_merge.zoo import tiny8
 
@@ -40,7 +42,7 @@ CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
-def make_tokenizer() -> CLIPTokenizer:
+def make_tokenizer() -> CLIPTokenizerFast:
     """Make a tokenizer like CLIP's with a small vocabulary: all bytes, and merges found in the prompts."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -54,18 +56,39 @@ def make_tokenizer() -> CLIPTokenizer:
     learner.normalizer = normalizers.Lowercase()
     words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
     learner.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    trainer = trainers.BpeTrainer(vocab_size=100_000, min_frequency=2, end_of_word_suffix="</w>", show_progress=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = [*alphabet, *(s + "</w>" for s in alphabet)]
+    split = (learner.pre_tokenizer.pre_tokenize_str(learner.normalizer.normalize_str(p)) for p in prompts)
+    endings = dict.fromkeys(word[-1] + "</w>" for prompt in split for word, _ in prompt)  # as they first appear
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000,
+        min_frequency=2,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+        special_tokens=[*alphabet, *endings],  # number them, or each run breaks ties between merges in its own way
+    )
     learner.train_from_iterator(prompts, trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges)]
+    pieces = [*symbols, *(a + b for a, b in merges)]
     vocabulary: dict[str, int] = {}
     for piece in [*pieces, "<|startoftext|>", "<|endoftext|>"]:
         vocabulary.setdefault(piece, len(vocabulary))
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT)
+    with tempfile.TemporaryDirectory() as folder:  # files are what both transformers 4.57 and 5 make a tokenizer of
+        write_vocabulary(Path(folder), vocabulary, merges)
+        tokenizer = CLIPTokenizerFast.from_pretrained(folder, model_max_length=CONTEXT)
+    for key in ("is_local", "local_files_only"):  # where it was read from is not part of it
+        tokenizer.init_kwargs.pop(key, None)
+    return tokenizer
 
 
-def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
+def write_vocabulary(folder: Path, vocabulary: dict[str, int], merges: Sequence[Sequence[str]]) -> None:
+    """Write `vocab.json` and `merges.txt`, as CLIP's tokenizers have them."""
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def make_model(tokenizer: CLIPTokenizerFast) -> CLIPModel:
     """Make the untrained model: 0.48 million parameters in the vision tower, most of them in its MLPs."""
     end = len(tokenizer) - 1
     vision = {
@@ -95,7 +118,7 @@ def make_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     return model
 
 
-def embed_classes(model: CLIPModel, tokenizer: CLIPTokenizer, task: str) -> Tensor:
+def embed_classes(model: CLIPModel, tokenizer: CLIPTokenizerFast, task: str) -> Tensor:
     """Embed the classes of a task: the mean over its templates. Shape: (classes, PROJECTION)."""
     names, templates = tiny8.classnames(task, pretraining=True), tiny8.templates(task)
     tokens = tokenizer([t.format(n) for n in names for t in templates], padding=True, return_tensors="pt")
@@ -104,7 +127,7 @@ def embed_classes(model: CLIPModel, tokenizer: CLIPTokenizer, task: str) -> Tens
     return F.normalize(embeddings.view(len(names), len(templates), -1).mean(1), dim=-1)
 
 
-def spread_classes(model: CLIPModel, tokenizer: CLIPTokenizer, steps: int = 200, lr: float = 1e-3) -> None:
+def spread_classes(model: CLIPModel, tokenizer: CLIPTokenizerFast, steps: int = 200, lr: float = 1e-3) -> None:
     """Train the text tower alone: push apart the classes of each task, and a little those of all tasks."""
 
     def overlap(e: Tensor) -> Tensor:
@@ -161,7 +184,7 @@ def distort(images: Tensor, generator: torch.Generator, strength: float = 0.8) -
 
 def pretrain_vision(
     model: CLIPModel,
-    tokenizer: CLIPTokenizer,
+    tokenizer: CLIPTokenizerFast,
     steps: int,
     lr: float = 2e-3,
     batch_size: int = 128,
@@ -238,7 +261,7 @@ def balance(
         layer.mlp.fc1.weight /= mlp
 
 
-def save(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+def save(model: CLIPModel, tokenizer: CLIPTokenizerFast, folder: Path) -> None:
     """Save model, tokenizer and image processor in half precision, for transformers 4.57 and 5."""
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).half().save_pretrained(folder)
@@ -246,9 +269,7 @@ def save(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     size = tiny8.SIZE
     CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(folder)
     bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    (folder / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in bpe["merges"])]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_vocabulary(folder, bpe["vocab"], bpe["merges"])
 
 
 def main() -> None:

@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fusion_merge.errors import CheckpointError
-from fusion_merge.files import atomic
 from fusion_merge.moe import moe_layers
+from fusion_merge.sealed import read_about, read_sealed, write_sealed
 
 FORMAT = 1
+_WHAT = "router checkpoint"
 
 
 def router_state(model: nn.Module) -> dict[str, Tensor]:
@@ -39,10 +38,7 @@ def save_routers(path: Path | str, model: nn.Module, belongs_to: Mapping[str, An
     Raises:
         FusionMergeError: if the file cannot be written.
     """
-    tensors = {name: p.detach().to("cpu").contiguous() for name, p in router_state(model).items()}
-    metadata = {"format": "pt", "fusion_merge": json.dumps({"version": FORMAT, **belongs_to})}
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    write_sealed(path, router_state(model), {"version": FORMAT, **belongs_to})
 
 
 def check_routers(path: Path | str, belongs_to: Mapping[str, Any]) -> None:
@@ -55,7 +51,7 @@ def check_routers(path: Path | str, belongs_to: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: if the file cannot be read or does not fit; the message says what differs.
     """
-    _read(path, belongs_to)
+    check_belongs(path, _WHAT, read_about(path, _WHAT), {"version": FORMAT, **belongs_to})
 
 
 def load_routers(path: Path | str, model: nn.Module, belongs_to: Mapping[str, Any]) -> None:
@@ -69,32 +65,30 @@ def load_routers(path: Path | str, model: nn.Module, belongs_to: Mapping[str, An
     Raises:
         CheckpointError: if the file cannot be read or does not fit; the message says what differs.
     """
-    tensors = _read(path, belongs_to, tensors=True)
+    tensors, about = read_sealed(path, _WHAT)
+    check_belongs(path, _WHAT, about, {"version": FORMAT, **belongs_to})
     own = router_state(model)
     there, here = ({n: list(t.shape) for n, t in state.items()} for state in (tensors, own))
     if differences := _differences(there, here):
-        raise CheckpointError(f"router checkpoint `{path}` does not fit: shape of " + "; ".join(differences[:3]))
+        raise CheckpointError(f"{_WHAT} `{path}` does not fit: shape of " + "; ".join(differences[:3]))
     for name, parameter in own.items():
         parameter.data.copy_(tensors[name])
 
 
-def _read(path: Path | str, belongs_to: Mapping[str, Any], *, tensors: bool = False) -> dict[str, Tensor]:
-    """Check what a file belongs to; return its tensors, if they are wanted."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise CheckpointError(f"router checkpoint `{file}` does not exist")
-    try:
-        with safe_open(file, framework="pt") as handle:
-            stored = json.loads((handle.metadata() or {}).get("fusion_merge", "null"))
-            found = {name: handle.get_tensor(name) for name in (list(handle.keys()) if tensors else [])}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read router checkpoint `{file}`: {str(error).splitlines()[0]}") from error
-    if not isinstance(stored, dict):
-        raise CheckpointError(f"`{file}` is not a router checkpoint: it does not say what its routers belong to")
-    expected = json.loads(json.dumps({"version": FORMAT, **belongs_to}))
-    if differences := _differences(stored, expected):
-        raise CheckpointError(f"router checkpoint `{file}` does not fit: " + "; ".join(differences))
-    return found
+def check_belongs(path: Path | str, what: str, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse a file that belongs to something else.
+
+    Args:
+        path: the file.
+        what: how errors call it.
+        stored: what it belongs to.
+        expected: what it should belong to.
+
+    Raises:
+        CheckpointError: if the two are not the same; the message says what differs.
+    """
+    if differences := _differences(stored, json.loads(json.dumps(expected))):
+        raise CheckpointError(f"{what} `{path}` does not fit: " + "; ".join(differences))
 
 
 def _differences(stored: Any, expected: Any, path: str = "") -> list[str]:

@@ -37,7 +37,7 @@ def finetune(
         fabric: where to compute.
         lr: the highest learning rate, above 0.
         weight_decay: AdamW's weight decay, at least 0.
-        warmup_steps: steps over which the learning rate rises.
+        warmup_steps: steps over which the learning rate rises, from 0 at the first; below `max_steps`.
         max_steps: how many steps, at least 1.
         label_smoothing: the share of each target spread over all classes, in [0, 1).
         description: what the progress bar says.
@@ -54,7 +54,8 @@ def finetune(
     wrapped, optim = fabric.setup(tower, optimizer)
     head = head.to(fabric.device)
     losses: list[float] = []
-    for step in (bar := tqdm(range(max_steps), desc=description, unit="step", disable=None)):
+    quiet = None if fabric.is_global_zero else True
+    for step in (bar := tqdm(range(max_steps), desc=description, unit="step", disable=quiet)):
         pixels, labels = (fabric.to_device(t) for t in next(batches))
         optim.zero_grad()
         logits = head(pooled_output(wrapped(pixel_values=pixels)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from itertools import accumulate
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -77,6 +77,27 @@ class CollapseGuard:
                 100 * self._first[task],
             )
         return share
+
+    def state(self) -> dict[str, Any]:
+        """Return what the guard has seen, as plain JSON values."""
+        return {
+            "recent": {task: list(recent) for task, recent in self._recent.items()},
+            "steps": {task: list(steps) for task, steps in self._steps.items()},
+            "first": dict(self._first),
+            "collapsed": dict(self.collapsed),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what a guard over the same tasks had seen.
+
+        Args:
+            state: what `state` returned.
+        """
+        for task in self._recent:
+            self._recent[task].extend(state["recent"][task])
+            self._steps[task].extend(state["steps"][task])
+        self._first |= state["first"]
+        self.collapsed |= state["collapsed"]
 
     def _beginning(self, task: str, top: int) -> int:
         """Return where the run of the top class began: the end of the window with the best balance of gain and loss."""

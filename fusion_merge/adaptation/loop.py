@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from fusion_merge.adaptation.guard import CollapseGuard
 from fusion_merge.adaptation.objectives import Objective
+from fusion_merge.adaptation.progress import Progress
 from fusion_merge.adaptation.runtime import (
     any_process,
     averaged,
@@ -30,6 +31,7 @@ from fusion_merge.adaptation.runtime import (
 )
 from fusion_merge.errors import AdaptationError, ConfigError, nearest
 from fusion_merge.models.clip import pooled_output
+from fusion_merge.moe import MoEMLP
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ def adapt(
     lr: float = 1e-4,
     max_steps: int = 1000,
     use_grad_accumulate: bool = True,
+    progress: Progress | None = None,
 ) -> AdaptationRecord:
     r"""Minimise the sum over tasks of the objective, by the given parameters alone.
 
@@ -97,6 +100,7 @@ def adapt(
         lr: the learning rate, above 0.
         max_steps: how many steps, at least 0.
         use_grad_accumulate: run backward after each task: the same gradient in less memory.
+        progress: where the state is kept, and where to go on from; `streams` must begin at its step.
 
     Raises:
         AdaptationError: if the loss of a task is not a number; the parameters are the last ones with which every loss
@@ -112,15 +116,20 @@ def adapt(
     wrapped, optim = fabric.setup(model, make_optimizer(optimizer, parameters, lr))
     wrapped.eval()
     update = _Update(parameters, optim)
-    start = time.perf_counter()
+    scaling = fabric.strategy.precision
+    if progress is not None:
+        scaling.load_state_dict(progress.restore(record, guard, parameters, optim))
+    start = time.perf_counter() - record.seconds
     bar = tqdm(
-        range(max_steps),
+        range(record.steps, max_steps),
+        initial=record.steps,
+        total=max_steps,
         desc="adapting routers",
         unit="step",
         disable=None if fabric.is_global_zero else True,
     )
     try:
-        with _interruptible() as interrupted, bar:
+        with _interruptible() as interrupted, _global_batches(model, fabric), bar:
             for step in bar:
                 losses, predictions = _gradient(wrapped, optim, streams, fabric, objective, use_grad_accumulate)
                 _refuse_nan(losses, update, step)
@@ -133,9 +142,13 @@ def adapt(
                 record.steps = step + 1
                 record.collapsed = guard.collapsed
                 bar.set_postfix(entropy=f"{metrics['entropy/mean']:.3f}")
+                record.seconds = time.perf_counter() - start
                 log_metrics(fabric, metrics, step)
-                if any_process(fabric, interrupted.is_set()):
-                    record.interrupted = True
+                record.interrupted = any_process(fabric, interrupted.is_set())
+                last = record.interrupted or step + 1 == max_steps
+                if progress is not None and fabric.is_global_zero and (last or progress.due(step + 1)):
+                    progress.save(record, guard, parameters, optim, scaling.state_dict())
+                if record.interrupted:
                     log.warning(
                         "interrupted after step %d of %d: going on with the routers as they are",
                         step + 1,
@@ -144,7 +157,6 @@ def adapt(
                     break
     finally:
         finish_logs(fabric)
-    record.seconds = time.perf_counter() - start
     return record
 
 
@@ -176,6 +188,19 @@ def _gradient(
         fabric.backward(stacked.sum())
     values = averaged(fabric, stacked.detach()).tolist()
     return dict(zip(losses, values, strict=True)), predictions
+
+
+@contextmanager
+def _global_batches(model: nn.Module, fabric: Fabric) -> Iterator[None]:
+    """Under batch routing, let all processes share the merged weights of the global batch."""
+    layers = [m for m in model.modules() if isinstance(m, MoEMLP)] if fabric.world_size > 1 else []
+    for layer in layers:
+        layer.over_processes = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.over_processes = False
 
 
 class _Update:

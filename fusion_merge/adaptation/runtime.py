@@ -20,6 +20,7 @@ from torch import Tensor
 from fusion_merge.errors import ConfigError
 from fusion_merge.pools.loaders import Placement
 
+log = logging.getLogger(__name__)
 logging.getLogger("lightning_fabric.utilities.seed").setLevel(logging.WARNING)
 
 
@@ -30,6 +31,7 @@ def make_fabric(
     precision: str | int | None = None,
     strategy: str = "auto",
     log_dir: Path | str | None = None,
+    launch: bool = True,
 ) -> Fabric:
     """Make a Fabric and start its processes.
 
@@ -39,26 +41,30 @@ def make_fabric(
         precision: such as `32-true` or `bf16-mixed`; by default full precision.
         strategy: such as `ddp`; `auto` takes what fits the devices.
         log_dir: where CSV (and, when installed, TensorBoard) logs go; none are written without it.
+        launch: start the processes; without, the Fabric only tells whether the machine has what was asked for.
 
     Raises:
         ConfigError: if the machine does not have what was asked for.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Fabric advises on processors and clusters; the run does not depend on it
+    options: dict[str, Any] = {
+        "devices": list(devices) if isinstance(devices, Sequence) and not isinstance(devices, str) else devices,
+        "accelerator": accelerator,
+        "precision": precision,
+        "strategy": strategy,
+    }
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         try:
-            fabric = Fabric(
-                devices=list(devices) if isinstance(devices, Sequence) and not isinstance(devices, str) else devices,
-                accelerator=accelerator,
-                precision=precision,  # type: ignore[arg-type]
-                strategy=strategy,
-                loggers=_loggers(log_dir) if log_dir is not None else None,
-            )
-            fabric.launch()
+            fabric = Fabric(**options, loggers=_loggers(log_dir) if log_dir is not None else None)
+            if launch:
+                fabric.launch()
         except (ValueError, RuntimeError, TypeError, ImportError, MisconfigurationException) as error:
-            raise ConfigError(
-                f"`fabric` cannot have devices={devices!r}, accelerator={accelerator!r}, precision={precision!r}, "
-                f"strategy={strategy!r} here: {error}"
-            ) from error
+            given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+            raise ConfigError(f"`fabric` cannot have {given} here: {error}") from error
+    for warning in caught:
+        # Fabric also advises on processors and clusters, on which nothing depends
+        if launch and "precision=" in str(warning.message):
+            log.warning("%s", warning.message)
     return fabric
 
 
@@ -72,19 +78,19 @@ def placement_of(fabric: Fabric) -> Placement:
 
 
 def check_precision(fabric: Fabric) -> None:
-    """Refuse a precision in which routers cannot be adapted.
+    """Refuse a precision in which nothing can be trained.
 
     Args:
         fabric: the Fabric.
 
     Raises:
-        ConfigError: if routers would be stored in half precision: steps of a usual learning rate are lost in rounding.
+        ConfigError: if weights would be stored in half precision: steps of a usual learning rate are lost in rounding.
     """
     precision = str(fabric.strategy.precision.precision)
     if precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
         raise ConfigError(
-            f"`fabric.precision`={precision} stores routers in half precision, where steps of a usual `lr` are lost in "
-            "rounding; choose 32-true, bf16-mixed or 16-mixed"
+            f"`fabric.precision`={precision} stores what is trained in half precision, where steps of a usual `lr` are "
+            "lost in rounding; choose 32-true, bf16-mixed or 16-mixed"
         )
 
 

@@ -30,6 +30,7 @@ class Method(ABC):
     method_name: ClassVar[str]
     min_models: ClassVar[int] = 2
     makes_one_model: ClassVar[bool] = True
+    trains: ClassVar[bool] = False
 
     name: str | None = option(None, help="a name of this method; accepted as fusion_bench's configs give one")
 
@@ -75,6 +76,9 @@ class Method(ABC):
         Raises:
             FusionMergeError: if the pool does not fit.
         """
+
+    def on_run_end(self) -> None:  # noqa: B027 (most methods keep nothing)
+        """Let go of what was kept in case the run would not come to its end; the program calls it when it has."""
 
     def options(self) -> dict[str, Any]:
         """Return the options as plain values."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, final
 
@@ -14,7 +16,15 @@ from fusion_merge.adaptation.finetune import finetune
 from fusion_merge.adaptation.runtime import make_fabric, placement_of
 from fusion_merge.files import check_writable
 from fusion_merge.methods.base import Method
-from fusion_merge.models.clip import build_tower, module_state, save_tower
+from fusion_merge.models.clip import (
+    build_tower,
+    canonical_names,
+    module_config,
+    module_state,
+    save_tower,
+    vision_config,
+)
+from fusion_merge.models.sources import LazyState, find_files
 from fusion_merge.models.task_models import TaskModels
 from fusion_merge.options import option
 from fusion_merge.pools.loaders import adaptation_loader, fitting_workers
@@ -38,14 +48,15 @@ class CLIPFinetuneAlgorithm(Method):
 
     .. math:: \theta_n = \arg\min_\theta \mathbb{E}_{(x, y)}\, \mathrm{CE}\big(z_n(x; \theta), y\big)
 
-    Each tower is written to `output/TASK` as `config.json` and `model.safetensors`, and read back from there, so
-    that what is scored is what was stored.
+    Each tower is written to `output/TASK` as `config.json` and `model.safetensors`, and read back from there when
+    it is asked for, so that what is scored is what was stored. With `fast_dev_run` nothing is written.
 
     Source: Ilharco et al., ICLR 2023, appendix B (AdamW, cosine decay with warm-up, frozen classification layer).
     """
 
     min_models: ClassVar[int] = 0
     makes_one_model: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
 
     output: str | None = option(None, help="folder for the towers, one subfolder a task; null keeps them in memory")
     dtype: str = option("float32", help="precision of the stored weights", choices=tuple(_DTYPES))
@@ -64,7 +75,7 @@ class CLIPFinetuneAlgorithm(Method):
         super().check(modelpool, taskpool)
         modelpool.task_pool("train").check()
         if self.output is not None:
-            check_writable(self.output, "method.output")
+            check_writable(self.output, "method.output", kind="folder")
 
     def run(
         self,
@@ -76,15 +87,22 @@ class CLIPFinetuneAlgorithm(Method):
         self.check(modelpool, taskpool)
         tasks = modelpool.task_pool("train")
         fabric = fabric if fabric is not None else make_fabric()
-        towers: dict[str, nn.Module] = {}
+        dtype = _DTYPES[self.dtype]
+        folder = None if self.output is None else Path(self.output).expanduser()
+        loaders: dict[str, Callable[[], nn.Module]] = {}
         for index, name in enumerate(tasks.task_names):
             tower = self._tune(modelpool, tasks, name, index, fabric)
-            if self.output is not None and fabric.is_global_zero:
-                save_tower(tower, Path(self.output).expanduser() / name, _DTYPES[self.dtype])
-                log.info("fine-tuned `%s`, saved to %s", name, Path(self.output) / name)
-            stored = {n: t.to(_DTYPES[self.dtype]).float() for n, t in module_state(tower).items()}
-            towers[name] = build_tower(modelpool.config(), stored, where=f"the tower of `{name}`")
-        return TaskModels({name: lambda tower=tower: tower for name, tower in towers.items()})  # type: ignore[misc]
+            if folder is None or self.fast_dev_run:  # a trial must not take the place of real towers
+                loaders[name] = _kept(tower, dtype, where=f"the tower of `{name}`")
+                continue
+            if fabric.is_global_zero:
+                save_tower(tower, folder / name, dtype)
+                log.info("fine-tuned `%s`, saved to %s", name, folder / name)
+            fabric.barrier()
+            loaders[name] = partial(_read, folder / name)
+        if folder is not None and self.fast_dev_run:
+            log.info("a trial run: nothing was written to %s", folder)
+        return TaskModels(loaders)
 
     def _tune(
         self,
@@ -103,6 +121,7 @@ class CLIPFinetuneAlgorithm(Method):
             workers=workers,
             placement=placement_of(fabric),
         )
+        steps = 1 if self.fast_dev_run else self.max_steps
         finetune(
             tower,
             tasks.head(name),
@@ -110,9 +129,22 @@ class CLIPFinetuneAlgorithm(Method):
             fabric=fabric,
             lr=self.lr,
             weight_decay=self.weight_decay,
-            warmup_steps=min(self.warmup_steps, self.max_steps // 2),
-            max_steps=1 if self.fast_dev_run else self.max_steps,
+            warmup_steps=min(self.warmup_steps, steps // 2),
+            max_steps=steps,
             label_smoothing=self.label_smoothing,
             description=f"fine-tuning {name}",
         )
         return nn.Module.to(tower, "cpu")
+
+
+def _kept(tower: nn.Module, dtype: torch.dtype, *, where: str) -> Callable[[], nn.Module]:
+    """Keep a tower in memory, rounded as if it had been stored, and return what makes a copy of it."""
+    state = {n: t.to(dtype).float() if t.is_floating_point() else t for n, t in module_state(tower).items()}
+    return partial(build_tower, module_config(tower), state, where=where)
+
+
+def _read(folder: Path) -> nn.Module:
+    """Read a tower that `save_tower` wrote, in float32."""
+    where = f"the tower in `{folder}`"
+    files = find_files(str(folder))
+    return build_tower(vision_config(files.config, where=where), LazyState(files.weights, canonical_names), where=where)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from tqdm.auto import tqdm
@@ -15,8 +18,9 @@ from tqdm.auto import tqdm
 from fusion_merge.adaptation.checkpoint import check_routers, load_routers, save_routers
 from fusion_merge.adaptation.loop import OPTIMIZERS, AdaptationRecord, TaskStream, adapt
 from fusion_merge.adaptation.objectives import OBJECTIVES, make_objective
+from fusion_merge.adaptation.progress import Progress
 from fusion_merge.adaptation.runtime import check_precision, make_fabric, placement_of
-from fusion_merge.errors import ConfigError
+from fusion_merge.errors import AdaptationError, ConfigError
 from fusion_merge.files import check_writable
 from fusion_merge.methods.base import Method
 from fusion_merge.models.clip import build_tower, vision_backbone
@@ -48,6 +52,8 @@ class MoEMethod(Method):
     A concrete method says which experts and which router a layer gets.
     """
 
+    trains: ClassVar[bool] = True
+
     router_hidden_layers: int = option(2, help="linear layers of a router", choices=(0, 1, 2), shapes_model=True)
     init_lambda: float = option(
         0.3, help="λ: static weight of task vectors and start of coefficients", shapes_model=True
@@ -61,15 +67,18 @@ class MoEMethod(Method):
     batch_size: int = option(16, help="images of each task a step", minimum=1)
     use_grad_accumulate: bool = option(True, help="backward after each task: the same gradient in less memory")
     num_workers: int = option(16, help="the most worker processes a task; sized to the machine", minimum=0)
-    devices: int | str = option(1, help="devices, where no Fabric is given; the command line's are `fabric.devices`")
+    devices: int | str = option(1, help="devices; on the command line the same as `fabric.devices`")
     seed: int = option(0, help="of router initialisation and image order", minimum=0)
     checkpoint: bool | str = option(False, help="path of routers to load instead of adapting")
     save_checkpoint: bool | str = option(False, help="path to save the adapted routers to")
-    cache_dir: str = option("outputs", help="accepted for fusion_bench's sake; nothing is cached there")
+    save_every: int = option(50, help="steps between two savings of the adaptation's state in `cache_dir`", minimum=1)
+    resume: bool = option(False, help="go on from the state in `cache_dir`, if there is one")
+    cache_dir: str | None = option(None, help="folder of the adaptation's state; null keeps none")
     fast_dev_run: bool = option(False, help="take a single step, to try things out")
 
     record: AdaptationRecord | None = dataclasses.field(default=None, init=False, repr=False)
     """What happened during the last adaptation."""
+    _progress: Progress | None = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check all options."""
@@ -77,6 +86,8 @@ class MoEMethod(Method):
         for key in ("checkpoint", "save_checkpoint"):
             if getattr(self, key) is True:
                 raise ConfigError(f"`{key}`=True says not where; give a path, or false")
+        if self.resume and self.cache_dir is None:
+            raise ConfigError("`resume`=True needs the folder that holds the adaptation's state; give `cache_dir`")
 
     @abstractmethod
     def make_experts(self, path: str, task_vectors: Sequence[TaskVector], device: torch.device) -> Experts:
@@ -119,6 +130,8 @@ class MoEMethod(Method):
         elif self.max_steps > 0:
             for pool in set(self._adaptation_pools(modelpool, taskpool).values()):
                 pool.check()
+            if self.cache_dir is not None:
+                check_writable(self.cache_dir, "method.cache_dir", kind="folder")
         if self.save_checkpoint:
             check_writable(str(self.save_checkpoint), "method.save_checkpoint")
 
@@ -147,7 +160,7 @@ class MoEMethod(Method):
         if self.checkpoint:
             load_routers(str(self.checkpoint), model, self._belongs_to(modelpool))
         elif self.max_steps > 0:
-            self._adapt(model, self._adaptation_pools(modelpool, taskpool), fabric)
+            self._adapt(model, modelpool, self._adaptation_pools(modelpool, taskpool), fabric)
         if self.save_checkpoint and fabric.is_global_zero:
             save_routers(str(self.save_checkpoint), model, self._belongs_to(modelpool))
             log.info("routers saved to %s", self.save_checkpoint)
@@ -211,36 +224,80 @@ class MoEMethod(Method):
             modelpool.lend_pretrained(taskpool)
         return pools
 
+    def on_run_end(self) -> None:
+        """See `Method.on_run_end`: forget where the adaptation was, unless it was interrupted."""
+        if self._progress is not None and not (self.record is not None and self.record.interrupted):
+            self._progress.forget()
+
     def _adapt(
-        self, model: MergedCLIPVisionModel, pools: Mapping[str, CLIPVisionModelTaskPool], fabric: Fabric
+        self,
+        model: MergedCLIPVisionModel,
+        modelpool: CLIPVisionModelPool,
+        pools: Mapping[str, CLIPVisionModelTaskPool],
+        fabric: Fabric,
     ) -> None:
         placement = placement_of(fabric)
+        progress = self._progress = self._make_progress(modelpool, pools, fabric)
         workers = fitting_workers(self.num_workers, len(pools))
         streams = {
             name: TaskStream(
-                batches=self._batches(pool, name, index, workers, placement),
+                batches=self._batches(pool, name, index, workers, placement, progress.step if progress else 0),
                 head=pool.head(name).to(fabric.device),
                 num_classes=len(pool.task(name).classnames),
             )
             for index, (name, pool) in enumerate(pools.items())
         }
-        self.record = adapt(
-            model,
-            router_parameters(model),
-            streams,
-            fabric=fabric,
-            objective=make_objective(self.objective),
-            optimizer=self.optimizer,
-            lr=self.lr,
-            max_steps=1 if self.fast_dev_run else self.max_steps,
-            use_grad_accumulate=self.use_grad_accumulate,
-        )
+        try:
+            self.record = adapt(
+                model,
+                router_parameters(model),
+                streams,
+                fabric=fabric,
+                objective=make_objective(self.objective),
+                optimizer=self.optimizer,
+                lr=self.lr,
+                max_steps=1 if self.fast_dev_run else self.max_steps,
+                use_grad_accumulate=self.use_grad_accumulate,
+                progress=progress,
+            )
+        except AdaptationError:
+            if self.save_checkpoint and fabric.is_global_zero:
+                save_routers(str(self.save_checkpoint), model, self._belongs_to(modelpool))
+                log.warning("the last good routers are saved to %s", self.save_checkpoint)
+            raise
+
+    def _make_progress(
+        self, modelpool: CLIPVisionModelPool, pools: Mapping[str, CLIPVisionModelTaskPool], fabric: Fabric
+    ) -> Progress | None:
+        """Return where the state of this very adaptation is kept: its file is named after all that it depends on."""
+        if self.cache_dir is None or self.fast_dev_run:
+            return None
+        deciding = ("objective", "optimizer", "lr", "batch_size", "batch_reduce", "use_grad_accumulate", "seed")
+        belongs_to = self._belongs_to(modelpool) | {
+            "adaptation": {name: getattr(self, name) for name in deciding},
+            "images": {name: len(pool.images(name)) for name, pool in pools.items()},
+            "processes": fabric.world_size,
+            "precision": str(fabric.strategy.precision.precision),
+        }
+        key = hashlib.sha256(json.dumps(belongs_to, sort_keys=True).encode()).hexdigest()[:12]
+        file = Path(self.cache_dir).expanduser() / f"{self.method_name}-{key}.progress"
+        progress = Progress(file, belongs_to, self.save_every, resume=self.resume)
+        if progress.step > self.max_steps:
+            raise ConfigError(
+                f"`max_steps`={self.max_steps}: the adaptation in `{file}` is at step {progress.step} already; "
+                f"choose at least {progress.step}, or start without `resume`"
+            )
+        return progress
 
     def _batches(
-        self, tasks: CLIPVisionModelTaskPool, name: str, index: int, workers: int, placement: Placement
+        self, tasks: CLIPVisionModelTaskPool, name: str, index: int, workers: int, placement: Placement, start: int
     ) -> Iterator[Any]:
         seed = self.seed * 1009 + index
-        return iter(adaptation_loader(tasks.images(name), self.batch_size, seed, workers=workers, placement=placement))
+        return iter(
+            adaptation_loader(
+                tasks.images(name), self.batch_size, seed, workers=workers, placement=placement, start=start
+            )
+        )
 
     def _belongs_to(self, modelpool: CLIPVisionModelPool) -> dict[str, Any]:
         shaping = [f.name for f in dataclasses.fields(self) if f.metadata.get("shapes_model")]

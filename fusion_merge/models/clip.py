@@ -24,9 +24,11 @@ from transformers.utils import logging as transformers_logging
 
 from fusion_merge.errors import ModelError
 from fusion_merge.files import atomic
+from fusion_merge.models.pictures import as_bytes
 from fusion_merge.task_vectors import State, check_same_shape_tables, shapes_of
 
 _PREFIXES = ("module.", "clip.", "model.", "vision_model.")
+_ARITHMETIC = ("hidden_act", "num_attention_heads", "layer_norm_eps", "image_size", "patch_size")
 _ROOTS = ("embeddings.class_embedding", "embeddings.patch_embedding.", "embeddings.position_embedding.")
 _PARTS = ("pre_layrnorm.", "encoder.layers.", "post_layernorm.")
 
@@ -58,17 +60,17 @@ class Processor:
         """Return one preprocessed image.
 
         Args:
-            image: a PIL image, or an array (height, width, 3) of 0-255.
+            image: a PIL image, or an array or tensor of three channels, first or last: whole numbers 0-255, or
+                floating-point numbers 0-1 as torchvision's `ToTensor` makes them.
 
         Shape:
             → (3, height, width), the processor's own height and width.
+
+        Raises:
+            DataError: if an array holds other values.
         """
-        pixels: Tensor = self.image_processor(images=_rgb(image), return_tensors="pt")["pixel_values"][0]
+        pixels: Tensor = self.image_processor(images=as_bytes(image), return_tensors="pt")["pixel_values"][0]
         return pixels
-
-
-def _rgb(image: Any) -> Any:
-    return image.convert("RGB") if hasattr(image, "convert") else image
 
 
 def canonical_names(names: Iterable[str]) -> dict[str, str]:
@@ -123,6 +125,26 @@ def vision_config(config: Mapping[str, Any], *, where: str) -> CLIPVisionConfig:
     raise ModelError(
         f"`model_type` is {kind!r} in the config of {where}; a CLIP model has `clip` or `clip_vision_model`"
     )
+
+
+def check_same_arithmetic(reference: CLIPVisionConfig, config: CLIPVisionConfig, *, where: str) -> None:
+    """Refuse a tower that computes otherwise with the same weights: its merge with others would mean nothing.
+
+    Args:
+        reference: the configuration of the pretrained model.
+        config: the configuration of the other.
+        where: what the other is, for errors.
+
+    Raises:
+        ModelError: if they differ; the message names the first key that does.
+    """
+    for key in _ARITHMETIC:
+        own, expected = getattr(config, key), getattr(reference, key)
+        if own != expected:
+            raise ModelError(
+                f"{where} has `{key}`={own!r} in its config, but the pretrained model has {expected!r}; "
+                "models are merged only if they compute alike"
+            )
 
 
 def check_whole_clip(config: Mapping[str, Any], *, where: str) -> None:

@@ -201,6 +201,8 @@ class MergedCLIPVisionModel(PreTrainedModel):
         hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
         _refuse_unknown(kwargs, f"{cls.__name__}.from_pretrained")
         source = str(pretrained_model_name_or_path)
+        if Path(source).exists():
+            hub_options.pop("revision", None)  # transformers passes `main` along, whatever the source
         files = find_files(source, **{name: value for name, value in hub_options.items() if value is not None})
         if files.config.get("model_type") != MergedCLIPVisionConfig.model_type:
             raise CheckpointError(

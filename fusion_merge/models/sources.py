@@ -21,6 +21,9 @@ from fusion_merge import zoo
 from fusion_merge.errors import ModelError
 
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?$")
+HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
+"""What may be said of a hub id beside its name; `find_files` takes each."""
+
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -64,12 +67,13 @@ def find_files(source: str, *, subfolder: str = "", **hub_options: Any) -> Model
     Args:
         source: as in `split_source`.
         subfolder: where in the folder or repository the model is.
-        **hub_options: `revision`, `token`, `cache_dir` and the like, for the hub.
+        **hub_options: others of `HUB_OPTIONS`, for the hub.
 
     Raises:
         ModelError: if something is missing; the message names it.
     """
     path, revision = split_source(source)
+    _check_options(source, path, revision, {"subfolder": subfolder, **hub_options})
     if Path(path).is_file():
         fetch = _local_fetch(Path(path).parent)
         weights: tuple[Path, ...] = (Path(path),)
@@ -87,6 +91,17 @@ def find_files(source: str, *, subfolder: str = "", **hub_options: Any) -> Model
     if config_file is None:
         raise ModelError(f"`{source}` has no `config.json`; it is needed to know the model's shape")
     return ModelFiles(source, _read_json(config_file), weights)
+
+
+def _check_options(source: str, path: str, revision: str | None, options: Mapping[str, Any]) -> None:
+    """Refuse options that would be left aside in silence."""
+    if Path(path).is_file() and options.get("subfolder"):
+        raise ModelError(f"`{source}` is a file, and has no `subfolder`={options['subfolder']!r}; give the file alone")
+    wanted = options.get("revision")
+    if wanted and Path(path).exists():
+        raise ModelError(f"`{source}` is a path here, and has no `revision`={wanted!r}; leave it out, or give a hub id")
+    if wanted and revision and wanted != revision:
+        raise ModelError(f"`{source}` names another revision than `revision`={wanted!r}; give one of them")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -158,8 +173,16 @@ class LazyState(Mapping[str, Tensor]):
         self.shapes = {name: self._readers[key].shape for name, key in self._names.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._readers[self._names[name]].read()
-        return tensor.to(self._dtype) if self._dtype is not None and tensor.is_floating_point() else tensor
+        reader = self._readers[self._names[name]]
+        try:
+            tensor = self._converted(reader.read())
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ModelError(f"cannot read `{self._names[name]}` in `{reader.file}`: {error}") from error
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"`{self._names[name]}` in `{reader.file}` holds NaN or infinite values; use another copy of the model"
+            )
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -167,11 +190,27 @@ class LazyState(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def first_row(self, name: str) -> Tensor:
+        """Return the first row of a tensor, of which nothing else is read.
+
+        Args:
+            name: the tensor's name.
+
+        Shape:
+            (…, D) → (D,); () → (1,).
+        """
+        return self._converted(self._readers[self._names[name]].read_first_row())
+
+    def _converted(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype) if self._dtype is not None and tensor.is_floating_point() else tensor
+
 
 @dataclass(frozen=True)
 class _Reader:
+    file: Path
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    read_first_row: Callable[[], Tensor]
 
 
 def _open(file: Path) -> dict[str, _Reader]:
@@ -185,8 +224,19 @@ def _open(file: Path) -> dict[str, _Reader]:
 
 def _open_safetensors(file: Path) -> dict[str, _Reader]:
     handle = safe_open(file, framework="pt", device="cpu")
-    keys = list(handle.keys())
-    return {key: _Reader(tuple(handle.get_slice(key).get_shape()), partial(handle.get_tensor, key)) for key in keys}
+    readers = {}
+    for key in list(handle.keys()):
+        shape = tuple(handle.get_slice(key).get_shape())
+        readers[key] = _Reader(file, shape, partial(handle.get_tensor, key), partial(_slice_row, handle, key, shape))
+    return readers
+
+
+def _slice_row(handle: Any, key: str, shape: tuple[int, ...]) -> Tensor:
+    if not shape:
+        whole: Tensor = handle.get_tensor(key)
+        return whole.flatten()  # (1,)
+    first: Tensor = handle.get_slice(key)[(*(slice(0, 1),) * (len(shape) - 1), slice(None))]  # (1, …, 1, D)
+    return first.flatten()  # (D,)
 
 
 def _open_torch(file: Path) -> dict[str, _Reader]:
@@ -196,7 +246,11 @@ def _open_torch(file: Path) -> dict[str, _Reader]:
         raise ModelError(f"`{file}` is not a torch file of plain tensors: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ModelError(f"`{file}` does not hold a state dict of tensors")
-    return {key: _Reader(tuple(tensor.shape), tensor.clone) for key, tensor in state.items()}
+    return {key: _Reader(file, tuple(t.shape), t.clone, partial(_first_row, t)) for key, t in state.items()}
+
+
+def _first_row(tensor: Tensor) -> Tensor:
+    return tensor.flatten()[: tensor.shape[-1] if tensor.ndim else 1].clone()
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -205,12 +259,12 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     Two models that differ in a whole tensor differ here, whatever file format or key layout they came in.
 
     Args:
-        state: the state; rows are read in float32.
+        state: the state; rows are read in float32, and of a `LazyState` nothing else is read.
     """
     digest = hashlib.sha256()
     for name in sorted(state):
-        tensor = state[name]
-        row = tensor.flatten()[: tensor.shape[-1] if tensor.ndim else 1].to(torch.float32).contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(row.numpy().tobytes())
+        shape = state.shapes[name] if isinstance(state, LazyState) else tuple(state[name].shape)
+        row = state.first_row(name) if isinstance(state, LazyState) else _first_row(state[name])
+        digest.update(f"{name}{shape}".encode())
+        digest.update(row.to(torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

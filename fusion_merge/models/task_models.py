@@ -24,6 +24,9 @@ class TaskModels(Mapping[str, nn.Module]):
     def __getitem__(self, task: str) -> nn.Module:
         return self._loaders[task]()
 
+    def __contains__(self, task: object) -> bool:
+        return task in self._loaders  # Mapping's own would load the tower
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._loaders)
 

@@ -105,6 +105,8 @@ class MoEMLP(nn.Module):
         self.router = router
         self.routing = Routing(routing)
         self.selection = selection if selection is not None else SelectAll()
+        self.over_processes = False
+        """Whether batch routing averages over the batches of all processes too, as if they were one batch."""
 
     @property
     def num_coefficients(self) -> int:
@@ -124,6 +126,8 @@ class MoEMLP(nn.Module):
         routed = scores.to(torch.promote_types(scores.dtype, torch.float32)).mean(dim=1)  # (B, K)
         if self.routing is Routing.BATCH:
             routed = routed.mean(dim=0, keepdim=True)  # (1, K)
+            if self.over_processes:
+                routed = _MeanOverProcesses.apply(routed)
         selected: Tensor = self.selection(routed)
         return selected.to(scores.dtype)
 
@@ -169,6 +173,25 @@ def empty_moe_mlp(spec: dict[str, Any], mlp: nn.Module, shared_router: Router | 
         Routing(spec["routing"]),
         empty_selection(spec["selection"]),
     )
+
+
+class _MeanOverProcesses(torch.autograd.Function):
+    """The mean over processes, whose gradient reaches all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return _mean_over_processes(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # every process sees the mean, so each value is responsible for a share of every process's loss
+        return _mean_over_processes(gradient)
+
+
+def _mean_over_processes(value: Tensor) -> Tensor:
+    total = value.clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
 
 
 def mlp_parts(mlp: nn.Module) -> tuple[nn.Linear, nn.Module, nn.Linear]:

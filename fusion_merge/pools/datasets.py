@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import (
-    ClassLabel,
-    Dataset,
-    DatasetDict,
-    Image,
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-    load_dataset,
-    load_from_disk,
-)
-from hydra.utils import instantiate
+from datasets import ClassLabel, Dataset, DatasetDict, Image
 
 from fusion_merge.errors import DataError, nearest
+from fusion_merge.pools.classnames import make_classnames
+from fusion_merge.pools.reading import Purpose, read_data, zoo_task
 from fusion_merge.zoo import SCHEME
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "jpeg", "webp")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
-_DISK_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
+UNLABELLED = -1
+"""The label of an image that has none."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +29,8 @@ class ImageTask:
         name: what the task is called.
         data: the images and labels: items are mappings, or (image, label) pairs.
         image_column: where an item's image is.
-        label_column: where an item's label is: an integer from 0 to the number of classes less one.
+        label_column: where an item's label is: an integer from 0 to the number of classes less one; None if there
+            are no labels.
         classnames: one name a class.
         templates: prompts with a `{}` for the class name.
     """
@@ -49,7 +38,7 @@ class ImageTask:
     name: str
     data: Any
     image_column: str | int
-    label_column: str | int
+    label_column: str | int | None
     classnames: tuple[str, ...]
     templates: tuple[str, ...]
 
@@ -58,7 +47,7 @@ class ImageTask:
         return len(self.data)
 
     def item(self, index: int) -> tuple[Any, int]:
-        """Return one image and its label.
+        """Return one image and its label, -1 where there are no labels.
 
         Args:
             index: from 0 to the number of images less one.
@@ -67,6 +56,8 @@ class ImageTask:
             DataError: if the label is not one of the classes.
         """
         row = self.data[index]
+        if self.label_column is None:
+            return row[self.image_column], UNLABELLED
         label = int(row[self.label_column])
         if not 0 <= label < len(self.classnames):
             raise DataError(
@@ -75,43 +66,46 @@ class ImageTask:
         return row[self.image_column], label
 
 
-def make_task(name: str, spec: Any, *, split: str | None = None) -> ImageTask:
+def make_task(name: str, spec: Any, *, split: str | None = None, purpose: Purpose = Purpose.SCORING) -> ImageTask:
     """Make a task from what a user wrote about it.
 
     Args:
         name: what the task is called.
         spec: a dataset object, a path, a hub id, or a mapping with `data` and optionally `split`, `classnames`,
             `templates`, `image_column`, `label_column`. A mapping with `_target_` is called; any other mapping with
-            `path` goes to `datasets.load_dataset`.
-        split: the split to take where the spec names none.
+            `path` goes to `datasets.load_dataset`. `classnames` is a list or a mapping from the dataset's label names
+            to prompts. A list of the dataset's own label names, in whatever order, is matched by name; any other
+            list is in the order of the dataset's labels.
+        split: the split to take where the spec names none; what is the default without is said at `read_data`.
+        purpose: what the images are for; labels may be missing for adaptation alone.
 
     Raises:
-        DataError: if the data cannot be read, is empty, has no labels, or more labels than class names.
+        DataError: if the data cannot be read, are empty, have no labels, or more labels than class names.
     """
     options = _options(name, spec)
-    data = _load(name, options["data"], options.get("split"), split)
-    try:
-        empty = len(data) == 0
-        columns = [] if empty else _columns(data)
-    except (TypeError, KeyError, IndexError) as error:
-        raise DataError(
-            f"the data of `{name}` are a {type(data).__name__}, not a dataset of images and labels"
-        ) from error
-    if empty:
-        raise DataError(f"the dataset of `{name}` is empty; give one with at least one image")
-    image = options.get("image_column") or _find_column(name, "image", columns, _IMAGE_COLUMNS, Image, data)
-    label = options.get("label_column") or _find_column(name, "label", columns, _LABEL_COLUMNS, ClassLabel, data)
-    for kind, column in (("image_column", image), ("label_column", label)):
-        if column not in columns:
+    data = read_data(name, options["data"], options.get("split") or split, purpose)
+    columns = _columns(name, data)
+    for kind in ("image_column", "label_column"):
+        column = options.get(kind)
+        if column is not None and column not in columns:
             raise DataError(
                 f"`{kind}`={column!r} is not in the dataset of `{name}`; {nearest(str(column), map(str, columns))}"
             )
-    classnames = _texts(name, options, "classnames") or tuple(_own_classnames(name, data, label))
-    templates = _texts(name, options, "templates") or _own_templates(options["data"]) or (DEFAULT_TEMPLATE,)
-    for template in templates:
-        if "{}" not in template:
-            raise DataError(f"template {template!r} of `{name}` has no `{{}}` for the class name")
-    _check_labels(name, data, label, len(classnames))
+    image = options.get("image_column")
+    if image is None:
+        image = _find_column("image", columns, _IMAGE_COLUMNS, Image, data)
+    if image is None:
+        raise _no_column(name, "image", columns, "name it with `image_column`")
+    label = options.get("label_column")
+    if label is None:
+        label = _find_column("label", columns, _LABEL_COLUMNS, ClassLabel, data)
+    if label is None and (purpose is not Purpose.ADAPTATION or not options.get("classnames")):
+        more = "; images without labels can be adapted on, if `classnames` are given, but not scored"
+        raise _no_column(name, "label", columns, f"name it with `label_column`{more}")
+    classnames = make_classnames(name, options.get("classnames"), _own_classnames(data, label))
+    templates = _templates(name, options)
+    if label is not None and _labels_are_missing(name, data, label, len(classnames), purpose):
+        label = None
     return ImageTask(name, data, image, label, classnames, templates)
 
 
@@ -132,116 +126,35 @@ def _options(name: str, spec: Any) -> dict[str, Any]:
     return dict(spec)
 
 
-def _texts(name: str, options: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    given = options.get(key) or ()
+def _templates(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    given = options.get("templates") or ()
     if isinstance(given, str) or not isinstance(given, Sequence):
-        raise DataError(f"`{key}`={given!r} of `{name}` is not a list; write [{given}]")
-    return tuple(map(str, given))
+        raise DataError(f"`templates`={given!r} of `{name}` is not a list; write [{given}]")
+    templates = tuple(map(str, given)) or _own_templates(options["data"]) or (DEFAULT_TEMPLATE,)
+    for template in templates:
+        if "{}" not in template:
+            raise DataError(f"template {template!r} of `{name}` has no `{{}}` for the class name")
+    return templates
 
 
-def _load(name: str, data: Any, split: str | None, default_split: str | None) -> Any:
+def _columns(name: str, data: Any) -> list[str | int]:
+    """Return the columns of data that are not empty."""
     try:
-        with _no_bars_without_a_terminal():
-            if isinstance(data, Mapping) and not isinstance(data, DatasetDict):
-                loaded = instantiate(dict(data)) if "_target_" in data else load_dataset(**data)
-            elif isinstance(data, str | Path):
-                loaded = _load_path(str(data), split or default_split)
-            else:
-                loaded = data
-    except DataError as error:
-        raise DataError(f"task `{name}`: {error}") from error
-    except Exception as error:  # dataset builders raise errors of every kind
-        if "corresponds to no data" in str(error):
-            raise DataError(f"the dataset of `{name}` is empty; give one with at least one image") from error
-        raise DataError(f"cannot read the dataset of `{name}` from `{data}`: {error}") from error
-    return _pick_split(name, loaded, split, default_split)
-
-
-@contextmanager
-def _no_bars_without_a_terminal() -> Iterator[None]:
-    """Keep `datasets` from drawing progress bars into files and pipes."""
-    quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()
-    if quiet:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if quiet:
-            enable_progress_bars()
-
-
-def _load_path(source: str, split: str | None) -> Any:
-    if source.startswith(SCHEME):
-        pool, task = _zoo_task(source)
-        return pool.load_task(task, split or "test")
-    local = Path(source).expanduser()
-    if local.is_file():
-        return load_dataset(_builder(local), data_files=str(local))
-    if local.is_dir():
-        if any((local / mark).is_file() for mark in _DISK_MARKS):
-            return _from_disk(local)
-        if parquet := sorted(map(str, local.rglob("*.parquet"))):
-            return load_dataset("parquet", data_files=_by_split(parquet))
-        return load_dataset("imagefolder", data_dir=str(local))
-    if source.startswith((".", "/", "~")):
-        raise DataError(f"`{source}` does not exist; give a folder of images, parquet, a saved dataset or a hub id")
-    hub_id, _, revision = source.partition("@")
-    return load_dataset(hub_id, revision=revision or None)
-
-
-def _from_disk(folder: Path) -> Any:
-    try:
-        return load_from_disk(str(folder))
-    except IndexError:  # what `datasets` makes of a saved dataset without rows
-        return Dataset.from_dict({})
-
-
-def _zoo_task(source: str) -> tuple[Any, str]:
-    pool, _, task = source.removeprefix(SCHEME).partition("/")
-    try:
-        return importlib.import_module(f"fusion_merge.zoo.{pool}"), task
-    except ModuleNotFoundError as error:
-        raise DataError(f"`{source}` is not in the zoo: there is no pool `{pool}`; tiny8 is one") from error
-
-
-def _builder(file: Path) -> str:
-    kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
-    if file.suffix not in kinds:
-        raise DataError(f"`{file}` is of no known kind; known are {', '.join(kinds)}, or a folder")
-    return kinds[file.suffix]
-
-
-def _by_split(files: Sequence[str]) -> dict[str, list[str]]:
-    """Sort parquet files by the split that their names begin with, as the hub lays them out."""
-    splits: dict[str, list[str]] = {}
-    for file in files:
-        stem = Path(file).stem.split("-")[0]
-        splits.setdefault(stem if stem in {"train", "validation", "test"} else "train", []).append(file)
-    return splits
-
-
-def _pick_split(name: str, data: Any, split: str | None, default_split: str | None) -> Any:
-    """Take the split that was named, or the default, or the only one, or `test`."""
-    if not isinstance(data, DatasetDict):
-        return data
-    if split is None:
-        only = next(iter(data)) if len(data) == 1 else "test"
-        split = default_split if default_split in data else only
-    if split in data:
-        return data[split]
-    raise DataError(f"the dataset of `{name}` has the splits {', '.join(data)}; name one with `split`")
-
-
-def _columns(data: Any) -> list[str | int]:
-    if isinstance(data, Dataset):
-        return list(data.column_names)
-    first = data[0]
-    return list(first) if isinstance(first, Mapping) else list(range(len(first)))
+        empty = len(data) == 0
+        first = None if empty or isinstance(data, Dataset) else data[0]
+        keys = [] if first is None else list(first) if isinstance(first, Mapping) else list(range(len(first)))
+    except (TypeError, KeyError, IndexError) as error:
+        raise DataError(
+            f"the data of `{name}` are a {type(data).__name__}, not a dataset of images and labels"
+        ) from error
+    if empty:
+        raise DataError(f"the dataset of `{name}` is empty; give one with at least one image")
+    return list(data.column_names) if isinstance(data, Dataset) else keys
 
 
 def _find_column(
-    name: str, kind: str, columns: Sequence[str | int], usual: Sequence[str], feature: type, data: Any
-) -> str | int:
+    kind: str, columns: Sequence[str | int], usual: Sequence[str], feature: type, data: Any
+) -> str | int | None:
     for column in usual:
         if column in columns:
             return column
@@ -251,38 +164,41 @@ def _find_column(
             return str(typed[0])
     elif 0 in columns and len(columns) == 2:
         return ("image", "label").index(kind)
-    raise DataError(
-        f"the dataset of `{name}` has no {kind} column among {', '.join(map(str, columns))}; "
-        f"name it with `{kind}_column`"
-    )
+    return None
 
 
-def _own_classnames(name: str, data: Any, label: str | int) -> Sequence[str]:
+def _no_column(name: str, kind: str, columns: Sequence[str | int], way_out: str) -> DataError:
+    return DataError(f"the dataset of `{name}` has no {kind} column among {', '.join(map(str, columns))}; {way_out}")
+
+
+def _own_classnames(data: Any, label: str | int | None) -> list[str] | None:
     feature = data.features.get(label) if isinstance(data, Dataset) else None
-    if isinstance(feature, ClassLabel):
-        return [str(n) for n in feature.names]
-    raise DataError(f"the dataset of `{name}` does not name its classes; give them with `classnames`")
+    return [str(n) for n in feature.names] if isinstance(feature, ClassLabel) else None
 
 
 def _own_templates(source: Any) -> tuple[str, ...]:
     if not (isinstance(source, str) and source.startswith(SCHEME)):
         return ()
-    pool, task = _zoo_task(source)
+    pool, task = zoo_task(source)
     return tuple(pool.templates(task))
 
 
-def _check_labels(name: str, data: Any, label: str | int, num_classes: int) -> None:
+def _labels_are_missing(name: str, data: Any, label: str | int, num_classes: int, purpose: Purpose) -> bool:
+    """Return whether images lack labels, where they may; refuse labels that do not fit."""
     if not isinstance(data, Dataset):
-        return
-    labels = np.asarray(data.select_columns([label])[:][label])
+        return False
+    values = data.select_columns([label])[:][label]
+    labels = np.asarray([-1 if value is None else value for value in values])
     if labels.dtype.kind not in "iub":
         raise DataError(f"column `{label}` of `{name}` holds {labels.dtype} values, not integer labels")
-    if labels.min() < 0:
-        raise DataError(
-            f"the dataset of `{name}` has images without a label (label {labels.min()}); take a labelled split"
-        )
     if labels.max() >= num_classes:
         raise DataError(
             f"the dataset of `{name}` has labels up to {labels.max()}, but there are {num_classes} class names; "
             "give one name for each class with `classnames`"
         )
+    missing = bool(labels.min() < 0)
+    if missing and purpose is not Purpose.ADAPTATION:
+        raise DataError(
+            f"the dataset of `{name}` has images without a label (label {labels.min()}); take a labelled split"
+        )
+    return missing

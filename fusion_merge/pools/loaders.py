@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -73,11 +74,14 @@ class TaskImages(Dataset[tuple[Tensor, int]]):
     def _read(self, index: int) -> tuple[Tensor, int]:
         try:
             image, label = self.task.item(index)
-            return self._preprocess(image), label
         except DataError:
             raise
         except (OSError, ValueError, TypeError) as error:
             raise DataError(f"cannot read image {index} of `{self.task.name}`: {error}") from error
+        try:
+            return self._preprocess(image), label
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"cannot use image {index} of `{self.task.name}`: {error}") from error
 
 
 class EndlessBatches(Sampler[list[int]]):
@@ -122,7 +126,7 @@ class EndlessBatches(Sampler[list[int]]):
 
 
 def adaptation_loader(
-    images: TaskImages, batch_size: int, seed: int, *, workers: int, placement: Placement
+    images: TaskImages, batch_size: int, seed: int, *, workers: int, placement: Placement, start: int = 0
 ) -> DataLoader[Any]:
     """Return a loader that gives shuffled batches without end.
 
@@ -132,16 +136,25 @@ def adaptation_loader(
         seed: what the order depends on.
         workers: how many worker processes read them.
         placement: which share of the images this process takes.
+        start: how many batches to skip.
     """
-    sampler = EndlessBatches(len(images), batch_size, seed, rank=placement.rank, world_size=placement.world_size)
+    sampler = EndlessBatches(
+        len(images), batch_size, seed, start=start, rank=placement.rank, world_size=placement.world_size
+    )
     return DataLoader(
         images,
         batch_sampler=sampler,
         num_workers=0 if images.cached else workers,
         persistent_workers=workers > 0 and not images.cached,
+        worker_init_fn=_leave_interrupts,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def _leave_interrupts(_worker: int) -> None:
+    """Let Ctrl-C, which a terminal sends to worker processes too, end the adaptation and not its images."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def evaluation_loader(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -14,20 +15,28 @@ from fusion_merge.errors import ConfigError, ModelError, nearest
 from fusion_merge.models.clip import (
     build_tower,
     canonical_names,
+    check_same_arithmetic,
     expected_shapes,
     module_config,
     module_state,
     vision_config,
 )
-from fusion_merge.models.sources import LazyState, find_files, fingerprint
+from fusion_merge.models.sources import LazyState, fingerprint
 from fusion_merge.models.task_models import TaskModels
+from fusion_merge.pools.reading import Purpose
+from fusion_merge.pools.references import Reference, check_table, reference_of
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 from fusion_merge.task_vectors import State, check_same_shape_tables, shapes_of
 
 PRETRAINED = "_pretrained_"
 
-ModelSource = str | nn.Module | Mapping[str, Any]
+PLATFORMS = ("hf", "huggingface")
+
+ModelSource = str | Path | nn.Module | Mapping[str, Any]
 """A folder, a file, a hub id (`owner/name@revision`), `zoo://…`, a module, or a config with `_target_` or `path`."""
+
+
+_EXAMPLE = f"{{{PRETRAINED}: PATH_OR_HUB_ID, TASK: PATH_OR_HUB_ID, …}}"
 
 
 @final
@@ -39,10 +48,12 @@ class CLIPVisionModelPool:
 
     Args:
         models: for each name, where the model comes from.
-        processor: the processor, if it is not that of `_pretrained_`: a folder, a hub id, or a `CLIPProcessor`.
+        processor: the processor, if it is not that of `_pretrained_`: a folder, a hub id, a config with `_target_`
+            or `path`, or a `CLIPProcessor`.
         train_datasets: for each task, labelled images to fine-tune on.
-        test_datasets: for each task, images to adapt on and to score on.
+        test_datasets: for each task, images to adapt on; where a task's `classnames` are given, they need no labels.
         fast_dev_run: read one batch a task, to try things out.
+        platform: where hub ids are looked up; `hf`, or `huggingface`, is the only one.
 
     Raises:
         ConfigError: if there are no models, or no `_pretrained_` among them.
@@ -58,12 +69,15 @@ class CLIPVisionModelPool:
         fast_dev_run: bool = False,
         platform: str = "hf",
     ) -> None:
-        if models.get(PRETRAINED) is None:
+        check_table(models, "models", _EXAMPLE)
+        for option, value in (("train_datasets", train_datasets), ("test_datasets", test_datasets)):
+            check_table(value, option, "{TASK: PATH_OR_HUB_ID, …}")
+        if not models or models.get(PRETRAINED) is None:
             raise ConfigError(
-                f"the model pool has no `{PRETRAINED}` among {', '.join(models) or 'nothing'}; "
-                f"give `models={{{PRETRAINED}: PATH_OR_HUB_ID, TASK: PATH_OR_HUB_ID, …}}`"
+                f"the model pool has no `{PRETRAINED}` among {', '.join(models or ()) or 'nothing'}; "
+                f"give `models={_EXAMPLE}`"
             )
-        if platform != "hf":
+        if platform not in PLATFORMS:
             raise ConfigError(f"`platform`={platform!r} is not supported; only `hf` is")
         self._sources = {name: source for name, source in models.items() if source is not None}
         self.processor = processor
@@ -96,9 +110,9 @@ class CLIPVisionModelPool:
             name: one of `all_model_names`.
         """
         source = self._source(name)
-        if isinstance(source, Mapping):
-            return str(source.get("path") or source.get("pretrained_model_name_or_path") or source.get("_target_"))
-        return source if isinstance(source, str) else f"a {type(source).__name__}"
+        if reference := self._reference(name):
+            return str(reference)
+        return str(source.get("_target_")) if isinstance(source, Mapping) else f"a {type(source).__name__}"
 
     def config(self, name: str = PRETRAINED) -> CLIPVisionConfig:
         """Return a model's vision configuration.
@@ -153,7 +167,8 @@ class CLIPVisionModelPool:
             min_models: how many fine-tuned models there must be.
 
         Raises:
-            ModelError: if a model is missing or has other tensors; the message names the first that differ.
+            ModelError: if a model is missing, has other tensors, or computes otherwise; the message names the first
+                tensor or key that differs.
         """
         if len(self.model_names) < min_models:
             raise ModelError(
@@ -163,21 +178,25 @@ class CLIPVisionModelPool:
         reference = expected_shapes(self.config())
         for name in (PRETRAINED, *self.model_names):
             check_same_shape_tables(reference, shapes_of(self.state(name)), where=self._call(name))
+            check_same_arithmetic(self.config(), self.config(name), where=self._call(name))
 
     def task_pool(self, split: str = "test") -> CLIPVisionModelTaskPool:
         """Return a task pool over the pool's own datasets.
 
         Args:
-            split: `test` or `train`.
+            split: `test` for the images to adapt on, `train` for those to fine-tune on.
 
         Raises:
             ConfigError: if the pool has no such datasets.
         """
+        if split not in ("test", "train"):
+            raise ConfigError(f"`split`={split!r} of the model pool's datasets is neither `test` nor `train`")
         if split not in self._task_pools:
             datasets = self.train_datasets if split == "train" else self.test_datasets
             if not datasets:
                 raise ConfigError(f"the model pool has no `{split}_datasets`; give them, or a task pool with tasks")
-            pool = CLIPVisionModelTaskPool(datasets, fast_dev_run=self.fast_dev_run, split=split)
+            purpose = Purpose.FINE_TUNING if split == "train" else Purpose.ADAPTATION
+            pool = CLIPVisionModelTaskPool(datasets, fast_dev_run=self.fast_dev_run, purpose=purpose)
             self.lend_pretrained(pool)
             self._task_pools[split] = pool
         return self._task_pools[split]
@@ -189,13 +208,17 @@ class CLIPVisionModelPool:
             task_pool: the task pool.
         """
         source = self._source(PRETRAINED)
-        clip = source if isinstance(source, CLIPModel) else _path_of(source)
-        task_pool.use_pretrained(clip, self.processor)
+        task_pool.use_pretrained(
+            source if isinstance(source, CLIPModel) else self._reference(PRETRAINED), self.processor
+        )
 
     def _source(self, name: str) -> ModelSource:
         if name not in self._sources:
             raise ModelError(f"model `{name}` is not in the pool; {nearest(name, self._sources)}")
         return self._sources[name]
+
+    def _reference(self, name: str) -> Reference | None:
+        return reference_of(self._source(name), f"model `{name}`")
 
     def _call(self, name: str) -> str:
         return f"model `{name}` ({self.describe(name)})"
@@ -206,10 +229,10 @@ class CLIPVisionModelPool:
         return self._states[name]
 
     def _read(self, name: str, source: ModelSource) -> tuple[CLIPVisionConfig, State]:
-        path = _path_of(source)
-        if path is not None:
+        reference = self._reference(name)
+        if reference is not None:
             try:
-                files = find_files(path)
+                files = reference.files()
             except ModelError as error:
                 raise ModelError(f"model `{name}`: {error}") from error
             config = vision_config(files.config, where=self._call(name))
@@ -223,6 +246,9 @@ class CLIPVisionModelPool:
         tensors = {
             n: t.to("cpu", torch.float32) if t.is_floating_point() else t for n, t in module_state(module).items()
         }
+        for tensor_name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ModelError(f"{self._call(name)} holds NaN or infinite values in `{tensor_name}`")
         return module_config(module), tensors
 
     def _instantiate(self, name: str, source: Mapping[str, Any]) -> Any:
@@ -230,18 +256,3 @@ class CLIPVisionModelPool:
             return instantiate(source)
         except Exception as error:  # what a config calls may fail in any way
             raise ModelError(f"{self._call(name)} cannot be made from its config: {error}") from error
-
-
-def _path_of(source: ModelSource) -> str | None:
-    """Return the path or hub id that a source names, if it names one."""
-    if isinstance(source, str):
-        return source
-    if isinstance(source, Mapping):
-        path = source.get("path") or source.get("pretrained_model_name_or_path")
-        target = str(source.get("_target_", ""))
-        if path is not None and (
-            not target or target.endswith(("CLIPModel.from_pretrained", "CLIPVisionModel.from_pretrained"))
-        ):
-            revision = source.get("revision")
-            return f"{path}@{revision}" if revision else str(path)
-    return None

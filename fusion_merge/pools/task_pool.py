@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, final
 
 import torch
+from hydra.utils import instantiate
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
@@ -24,11 +26,12 @@ from fusion_merge.models.clip import (
     pooled_output,
     split_processor,
 )
-from fusion_merge.models.sources import find_files, split_source
 from fusion_merge.models.task_models import TaskModels
 from fusion_merge.pools.datasets import ImageTask, make_task
 from fusion_merge.pools.heads import ZeroShotHead, zero_shot_head
 from fusion_merge.pools.loaders import Placement, TaskImages, evaluation_loader, fitting_workers
+from fusion_merge.pools.reading import Purpose
+from fusion_merge.pools.references import PROCESSORS, Reference, check_table, reference_of
 
 RESERVED = ("average", "baselines", "model_info", "run")
 """Names that a report uses for itself: no task may have them."""
@@ -64,16 +67,19 @@ class CLIPVisionModelTaskPool(TaskPool):
 
     Args:
         tasks: for each task, a dataset or a mapping as `make_task` takes it.
-        test_datasets: the same under the name that fusion_bench uses; give one of the two.
-        clip_model: the CLIP model whose text tower and visual projection make the heads: a folder, a hub id, or a
-            `CLIPModel`. By default the `_pretrained_` model of the model pool.
+        test_datasets: the same under the name that fusion_bench uses; a task may be in one of the two.
+        clip_model: the CLIP model whose text tower and visual projection make the heads: a folder, a hub id, a config
+            with `_target_` or `path`, or a `CLIPModel`. By default the `_pretrained_` model of the model pool.
         base_model: the same under the name that fusion_bench uses.
-        processor: its processor: a folder, a hub id, or a `CLIPProcessor`. By default that of `clip_model`.
+        processor: its processor: a folder, a hub id, a config with `_target_` or `path`, or a `CLIPProcessor`. By
+            default that of `clip_model`.
         batch_size: images a batch, at least 1.
         num_workers: the most worker processes that read images; sized to the machine.
         dataloader_kwargs: `batch_size` and `num_workers` under the names that fusion_bench uses.
         fast_dev_run: score one batch a task, to try things out.
-        split: the split to take of data that have several, where a task names none; by default `test`.
+        split: the split to take, where a task names none. By default `test`, or else `validation`, or else the only
+            one.
+        purpose: what the images are for; the model pool makes pools to adapt and to fine-tune on.
 
     Raises:
         ConfigError: if an option is out of range.
@@ -85,16 +91,17 @@ class CLIPVisionModelTaskPool(TaskPool):
         tasks: Mapping[str, Any] | None = None,
         *,
         test_datasets: Mapping[str, Any] | None = None,
-        clip_model: str | CLIPModel | None = None,
-        base_model: str | None = None,
+        clip_model: str | Path | Mapping[str, Any] | CLIPModel | None = None,
+        base_model: str | Path | Mapping[str, Any] | CLIPModel | None = None,
         processor: Any = None,
         batch_size: int = 128,
         num_workers: int = 8,
         dataloader_kwargs: Mapping[str, Any] | None = None,
         fast_dev_run: bool = False,
         split: str | None = None,
+        purpose: Purpose = Purpose.SCORING,
     ) -> None:
-        specs = dict(tasks or {}) | dict(test_datasets or {})
+        specs = _specs(tasks, test_datasets)
         if not specs:
             raise DataError("the task pool has no tasks; give `tasks={name: {data: …}}`, or take `taskpool=dummy`")
         for name in specs:
@@ -103,8 +110,9 @@ class CLIPVisionModelTaskPool(TaskPool):
         self.batch_size, self.num_workers = _loader_options(batch_size, num_workers, dataloader_kwargs or {})
         self.fast_dev_run = fast_dev_run
         self.split = split
-        self._clip_source = clip_model or base_model
-        self._processor_source = processor
+        self.purpose = purpose
+        self._clip_source = _clip_source(clip_model, base_model)
+        self._processor_source = _processor_source(processor)
         self.specs = specs
         self._tasks: dict[str, ImageTask] = {}
         self._images: dict[str, TaskImages] = {}
@@ -119,13 +127,13 @@ class CLIPVisionModelTaskPool(TaskPool):
         """Take head and processor from here where the pool was not told of any.
 
         Args:
-            clip_model: a folder, a hub id, or a `CLIPModel`.
-            processor: a folder, a hub id, or a `CLIPProcessor`; by default that of `clip_model`.
+            clip_model: as in the constructor.
+            processor: as in the constructor.
         """
         if self._clip_source is None:
-            self._clip_source = clip_model
+            self._clip_source = _clip_source(clip_model, None)
         if self._processor_source is None:
-            self._processor_source = processor
+            self._processor_source = _processor_source(processor)
 
     def task(self, name: str) -> ImageTask:
         """Return a task; its data are opened once.
@@ -139,7 +147,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         if name not in self.specs:
             raise DataError(f"task `{name}` is not in the task pool; {nearest(name, self.specs)}")
         if name not in self._tasks:
-            self._tasks[name] = make_task(name, self.specs[name], split=self.split)
+            self._tasks[name] = make_task(name, self.specs[name], split=self.split, purpose=self.purpose)
         return self._tasks[name]
 
     def images(self, name: str) -> TaskImages:
@@ -166,25 +174,23 @@ class CLIPVisionModelTaskPool(TaskPool):
     def clip_model(self) -> CLIPModel:
         """The CLIP model that makes the heads."""
         source = self._clip_source
-        if isinstance(source, CLIPModel):
-            return source
-        if not isinstance(source, str):
-            raise ModelError(
-                "the task pool knows no CLIP model with a text tower for its heads; "
-                "give `clip_model` as a folder or hub id"
-            )
-        check_whole_clip(find_files(source).config, where=f"`{source}`")
-        path, revision = split_source(source)
-        return load_clip(path, where=f"`{source}`", **({"revision": revision} if revision else {}))
+        self._check_clip()
+        if isinstance(source, Reference):
+            path, options = source.arguments()
+            return load_clip(path, where=f"`{source}`", **options)
+        made = _made(source, "clip_model") if isinstance(source, Mapping) else source
+        if not isinstance(made, CLIPModel):
+            raise ModelError(f"`clip_model` is a {type(made).__name__}; give a folder, a hub id, or a CLIPModel")
+        return made
 
     @cached_property
     def processor(self) -> Processor:
         """The processor of images and prompts."""
         source = self._processor_source if self._processor_source is not None else self._clip_source
-        if not isinstance(source, str):
-            return split_processor(source)
-        path, revision = split_source(source)
-        return load_processor(path, where=f"`{source}`", **({"revision": revision} if revision else {}))
+        if isinstance(source, Reference):
+            path, options = source.arguments()
+            return load_processor(path, where=f"`{source}`", **options)
+        return split_processor(_made(source, "processor") if isinstance(source, Mapping) else source)
 
     def check(self) -> None:
         """Open every task's data and the processor, so that what is wrong is said before any weight is read.
@@ -192,11 +198,24 @@ class CLIPVisionModelTaskPool(TaskPool):
         Raises:
             FusionMergeError: if data, processor or CLIP model are not usable.
         """
+        self._check_clip()
         for name in tqdm(self.task_names, desc="opening datasets", leave=False, disable=None):
             self.task(name)
-        if isinstance(self._clip_source, str):
-            check_whole_clip(find_files(self._clip_source).config, where=f"`{self._clip_source}`")
         self.processor  # noqa: B018 (read once, and kept)
+
+    def _check_clip(self) -> None:
+        """Refuse a pool that cannot make heads, as far as it can be told from headers."""
+        source = self._clip_source
+        if isinstance(source, Reference):
+            check_whole_clip(source.files().config, where=f"`{source}`")
+            path = Path(source.source).expanduser()
+            if path.is_file() and path.name != "model.safetensors":
+                raise ModelError(f"`{source}` is one file; give the folder of a whole CLIP model as `clip_model`")
+        elif not isinstance(source, CLIPModel | Mapping):
+            raise ModelError(
+                "the task pool knows no CLIP model with a text tower for its heads; "
+                "give `clip_model` as a folder or hub id"
+            )
 
     def evaluate(
         self,
@@ -235,6 +254,8 @@ class CLIPVisionModelTaskPool(TaskPool):
 
     @torch.no_grad()  # not inference mode: images and heads made here are adapted on later
     def _score(self, tower: nn.Module, name: str, placement: Placement) -> dict[str, float]:
+        if self.task(name).label_column is None:
+            raise DataError(f"task `{name}` has no labels to score on; its images can only be adapted on")
         tower = tower.to(placement.device).eval()
         head = self.head(name).to(placement.device)
         classes = len(self.task(name).classnames)
@@ -251,14 +272,53 @@ class CLIPVisionModelTaskPool(TaskPool):
         for pixels, labels in loader:
             labels = labels.to(placement.device)
             with placement.autocast():
-                logits = head(pooled_output(tower(pixels.to(placement.device, dtype)))).float()  # (B, C)
+                pooled = pooled_output(tower(pixels.to(placement.device, dtype)))  # (B, D)
+            logits = head(pooled.float()).float()  # (B, C); the head in full precision, as in adaptation
             accuracy.update(logits.argmax(dim=-1), labels)
             loss.update(F.cross_entropy(logits, labels, reduction="none"))
         return {"accuracy": accuracy.compute().item(), "loss": loss.compute().item()}
 
 
+def _specs(tasks: Any, test_datasets: Any) -> dict[str, Any]:
+    for option, value in (("tasks", tasks), ("test_datasets", test_datasets)):
+        check_table(value, option, "{TASK: {data: PATH_OR_HUB_ID}, …}")
+    twice = [name for name in tasks or () if name in (test_datasets or ())]
+    if twice:
+        raise ConfigError(f"task `{twice[0]}` is in both `tasks` and `test_datasets`; give it once")
+    return {**(tasks or {}), **(test_datasets or {})}
+
+
+def _clip_source(clip_model: Any, base_model: Any) -> Any:
+    """Return a reference, an object, or a config that makes one; the two names of the option must agree."""
+    first, second = (
+        None if given is None else reference_of(given, f"`{option}`") or given
+        for option, given in (("clip_model", clip_model), ("base_model", base_model))
+    )
+    if first is not None and second is not None and first is not second and first != second:
+        raise ConfigError(
+            f"`clip_model`={_word(first)} and `base_model`={_word(second)} are two names of one option; give one"
+        )
+    return first if first is not None else second
+
+
+def _processor_source(processor: Any) -> Any:
+    return reference_of(processor, "`processor`", PROCESSORS) or processor
+
+
+def _word(source: Any) -> str:
+    return f"{str(source)!r}" if isinstance(source, Reference | Mapping) else f"a {type(source).__name__}"
+
+
+def _made(config: Mapping[str, Any], option: str) -> Any:
+    try:
+        return instantiate(dict(config))
+    except Exception as error:  # what a config calls may fail in any way
+        raise ConfigError(f"`{option}` cannot be made from its config: {error}") from error
+
+
 def _loader_options(batch_size: Any, num_workers: Any, more: Mapping[str, Any]) -> tuple[int, int]:
     """Return batch size and number of workers; fusion_bench's further options may say what is done anyway."""
+    check_table(more, "dataloader_kwargs", "{batch_size: 128, num_workers: 8}")
     fixed = {"pin_memory": (True, False), "drop_last": (False,), "shuffle": (False,)}
     options = {"batch_size": batch_size, "num_workers": num_workers, **more}
     known = ("batch_size", "num_workers", *fixed)

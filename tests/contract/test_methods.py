@@ -16,12 +16,20 @@ from runs import assert_same_bits, module_pool, random_tower, tensors_of
 from torch import nn
 from transformers import CLIPModel
 
-from fusion_merge import CLIPVisionModelPool, MergedCLIPVisionModel, get_method, list_methods
+from fusion_merge import (
+    CLIPVisionModelPool,
+    CLIPVisionModelTaskPool,
+    EWEMoEAlgorithm,
+    MergedCLIPVisionModel,
+    get_method,
+    list_methods,
+)
 from fusion_merge.errors import CheckpointError, ConfigError, ModelError
 from fusion_merge.methods.base import Method
 from fusion_merge.methods.moe_base import MoEMethod
 from fusion_merge.models.clip import save_tower
 from fusion_merge.models.task_models import TaskModels
+from fusion_merge.moe.layer import router_parameters
 from fusion_merge.registry import object_from_config
 
 METHODS = list_methods()
@@ -34,7 +42,7 @@ QUICK = {"max_steps": 2, "batch_size": 4, "num_workers": 0}
 SMALL: dict[str, dict[str, Any]] = {"rankone_moe": {"rank_k": 4}}
 """What a method needs besides, to fit towers that are 16 wide."""
 
-PRESETS_MAY_DIFFER = {"clip_finetune": {"output"}}
+PRESETS_MAY_DIFFER = {"clip_finetune": {"output"}} | {name: {"cache_dir"} for name in ROUTED}
 """Options whose default on the command line is another than in Python, by method."""
 
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -85,12 +93,10 @@ def test_result_is_scored_on_every_task(name, modelpool, taskpool):
 
 
 @every_method
-def test_result_is_in_eval_mode_and_on_the_cpu(name, modelpool):
+def test_result_is_in_eval_mode(name, modelpool):
     model = quick(name).run(modelpool)
     towers = model.values() if isinstance(model, TaskModels) else [model]
-    for tower in towers:
-        assert not any(module.training for module in tower.modules())
-        assert {p.device.type for p in tower.parameters()} == {"cpu"}
+    assert not any(module.training for tower in towers for module in tower.modules())
 
 
 @every_method
@@ -335,6 +341,25 @@ def test_images_come_from_the_task_pool_if_the_model_pool_has_none(name, pool_di
 
 
 @every_routed_method
+def test_a_task_pool_borrows_the_pretrained_model_for_its_heads(name, pool_dir, modelpool):
+    tasks = CLIPVisionModelTaskPool({task: str(pool_dir / "images" / task) for task in TASKS})
+    assert_same_bits(
+        tensors_of(quick(name).run(module_pool(pool_dir, test_datasets=None), tasks)),
+        tensors_of(quick(name).run(modelpool)),
+    )
+
+
+@every_routed_method
+def test_images_may_be_divided_over_both_pools(name, pool_dir, modelpool):
+    (first, *_), data = TASKS, {task: str(pool_dir / "images" / task) for task in TASKS}
+    own = module_pool(pool_dir, test_datasets={first: {"data": data[first], "templates": ["a {}."]}})
+    model = quick(name).run(own, CLIPVisionModelTaskPool(data))
+    assert model.config.tasks == list(TASKS)
+    with pytest.raises(ConfigError, match="adaptation needs images of `dogs`: neither"):
+        quick(name).run(own, CLIPVisionModelTaskPool({first: data[first]}))
+
+
+@every_routed_method
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_every_router_depth_is_adapted_and_scored(name, depth, modelpool, taskpool):
     method = quick(name, router_hidden_layers=depth)
@@ -388,3 +413,32 @@ def test_merged_model_says_what_it_is_made_of(name, modelpool, pool_dir):
     assert config.tasks == list(TASKS)
     assert config.method_options["init_lambda"] == 0.25
     assert config.base_model == str(pool_dir / "pretrained")
+
+
+# Single methods
+
+
+def test_a_router_is_pruned_after_adaptation_and_after_loading_alike(modelpool, tmp_path):
+    options = QUICK | {"post_sparse_gate": True, "gate_prune_ratio": 0.9}
+    adapted = EWEMoEAlgorithm(save_checkpoint=str(tmp_path / "r"), **options).run(modelpool)
+    loaded = EWEMoEAlgorithm(checkpoint=str(tmp_path / "r"), **options).run(modelpool)
+    whole = EWEMoEAlgorithm(checkpoint=str(tmp_path / "r")).run(modelpool)
+    assert_same_bits(tensors_of(adapted), tensors_of(loaded))
+    for pruned, parameter in zip(router_parameters(loaded), router_parameters(whole), strict=True):
+        kept = pruned != 0
+        assert kept.sum() <= 0.1 * parameter.numel() + 1
+        assert torch.equal(pruned[kept], parameter[kept])
+        assert parameter.count_nonzero() == parameter.numel()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"position_encoding_dim": 7}, "`position_encoding_dim`=7 is odd"),
+        ({"position_encoding": True, "shared_gate": False}, "`shared_gate`=True, not False"),
+        ({"position_encoding": True, "router_hidden_layers": 0}, "`router_hidden_layers` 1 or 2, not 0"),
+    ],
+)
+def test_a_position_code_that_no_router_would_see_is_refused(options, match):
+    with pytest.raises(ConfigError, match=match):
+        EWEMoEAlgorithm(**options)

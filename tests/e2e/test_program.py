@@ -18,6 +18,7 @@ import torch
 import yaml
 from datasets import Dataset
 from helpers import TASKS
+from lightning_fabric import Fabric
 from PIL import Image
 from runs import Finished, assert_refused, files_in, own_pool, random_tower, run_cli
 from transformers import CLIPVisionModel
@@ -343,10 +344,28 @@ def test_mixed_precision_runs(pool_dir, tmp_path):
     assert 0 < report_of(tmp_path)["average"]["loss"] < 100
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
-def test_other_precision_runs_or_is_refused(pool_dir, tmp_path, precision):
-    done = run(pool_dir, tmp_path, "method=wemoe", *QUICK, "baselines=[]", f"fabric.precision={precision}")
-    assert done.code == 0 or (precision in done.err and files_in(tmp_path) == [])
+def test_double_precision_runs(pool_dir, tmp_path):
+    done = run(pool_dir, tmp_path, "method=wemoe", *QUICK, "baselines=[]", "fabric.precision=64-true")
+    assert done.code == 0, done.err
+    assert 0 < report_of(tmp_path)["average"]["loss"] < 100
+
+
+def test_mixed_half_precision_is_bfloat16_on_a_cpu(pool_dir, tmp_path):
+    with pytest.warns(UserWarning, match="AMP with fp16 is not supported on CPU. Using `precision='bf16-mixed'`"):
+        Fabric(accelerator="cpu", devices=1, precision="16-mixed")
+    for precision in ("16-mixed", "bf16-mixed"):
+        options = ["baselines=[]", "fabric.accelerator=cpu", f"fabric.precision={precision}"]
+        done = run(pool_dir, tmp_path / precision, "method=wemoe", *QUICK, *options)
+        assert done.code == 0, done.err
+    half, bfloat = report_of(tmp_path / "16-mixed"), report_of(tmp_path / "bf16-mixed")
+    assert {task: half[task] for task in TASKS} == {task: bfloat[task] for task in TASKS}
+
+
+@pytest.mark.parametrize("dry", [[], ["dry_run=true"]], ids=["run", "dry run"])
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_routers_in_half_precision_are_refused(pool_dir, tmp_path, precision, dry):
+    done = run(pool_dir, tmp_path, "method=wemoe", *QUICK, f"fabric.precision={precision}", *dry)
+    assert_refused(done, tmp_path, "`fabric.precision`", precision, "bf16-mixed")
 
 
 def test_two_processes_share_the_work(finished, pool_dir, tmp_path):
@@ -400,6 +419,27 @@ def test_multirun_into_a_named_folder_keeps_runs_apart(pool_dir, tmp_path):
     assert done.code == 0, done.err
     methods = {json.loads(f.read_text())["run"]["method"] for f in (tmp_path / "here").glob("*/report.json")}
     assert methods == {"task_arithmetic", "simple_average"}
+
+
+def test_multirun_keeps_apart_what_its_jobs_write(pool_dir, tmp_path):
+    places = ["output_dir=here", "merged_model_save_path=kept/merged", "report_save_path=kept/rep.json"]
+    saving = [*places, "method.save_checkpoint=kept/routers.ckpt", "baselines=[]"]
+    done = run_cli("--multirun", *own_pool(pool_dir), "method=wemoe", *QUICK, *saving, "seed=3,4", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert [path.name for path in sorted((tmp_path / "kept").iterdir())] == [
+        "merged",
+        "rep-0.json",
+        "rep-1.json",
+        "routers-0.ckpt",
+        "routers-1.ckpt",
+    ]
+    for job, seed in enumerate((3, 4)):
+        assert json.loads((tmp_path / "kept" / f"rep-{job}.json").read_text())["run"]["seed"] == seed
+        config = yaml.safe_load((tmp_path / "here" / str(job) / "config.yaml").read_text())
+        assert config["merged_model_save_path"] == f"kept/merged/{job}"
+        assert config["method"]["save_checkpoint"] == f"kept/routers-{job}.ckpt"
+    first, second = (routers_of(tmp_path / "kept" / "merged" / str(job)) for job in (0, 1))
+    assert not all(torch.equal(first[name], second[name]) for name in first)
 
 
 # Bad input: exit code 1, one message that names the value, nothing written
@@ -459,7 +499,7 @@ def test_images_without_labels_are_refused(pool_dir, cwd):
 
 
 def test_more_labels_than_class_names_are_refused(pool_dir, cwd):
-    done = run(pool_dir, cwd, "method=wemoe", "taskpool.tasks.dogs.classnames=[beagle,poodle]")
+    done = run(pool_dir, cwd, "method=wemoe", "taskpool.tasks.dogs.classnames=[hound,curly]")
     assert_refused(done, cwd, "`dogs` has labels up to 2, but there are 2 class names")
 
 
@@ -527,6 +567,22 @@ def test_place_that_cannot_be_written_to_is_refused(pool_dir, cwd, tmp_path, opt
     (tmp_path / "file").touch()
     done = run(pool_dir, cwd, "method=wemoe", *QUICK, f"{option}={tmp_path}/file/below")
     assert_refused(done, cwd, f"{tmp_path}/file/below")
+
+
+@pytest.mark.parametrize("dry", [[], ["dry_run=true"]], ids=["run", "dry run"])
+@pytest.mark.parametrize("option", ["report_save_path", "method.save_checkpoint"])
+def test_folder_where_a_file_is_to_be_written_is_refused(pool_dir, cwd, tmp_path, option, dry):
+    done = run(pool_dir, cwd, "method=wemoe", *QUICK, f"{option}={tmp_path}", *dry)
+    assert_refused(done, cwd, f"`{option}`='{tmp_path}'", f"`{tmp_path}` is a folder; name a file")
+
+
+@pytest.mark.parametrize("dry", [[], ["dry_run=true"]], ids=["run", "dry run"])
+@pytest.mark.parametrize("option", ["output_dir", "merged_model_save_path"])
+def test_file_where_a_folder_is_to_be_written_is_refused(pool_dir, cwd, tmp_path, option, dry):
+    (tmp_path / "file").write_text("precious")
+    done = run(pool_dir, cwd, "method=wemoe", *QUICK, f"{option}={tmp_path}/file", *dry)
+    assert_refused(done, cwd, f"`{option}`='{tmp_path}/file'", f"`{tmp_path}/file` is a file, not a folder")
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 # Ctrl-C

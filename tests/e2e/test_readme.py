@@ -63,3 +63,15 @@ def test_make_target_of_the_readme_exists_and_installs_the_tested_versions(comma
     shown = subprocess.run(dry, cwd=ROOT, env=outside, capture_output=True, text=True, check=True).stdout
     assert "-c constraints.txt" in shown
     assert {"make run": "fusion_merge", "make test": "pytest"}[command] in shown.splitlines()[-1]
+
+
+@pytest.mark.parametrize("target", ["run", "test"])
+def test_environment_that_could_not_be_made_is_not_left_behind(target, tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\nmkdir -p "$3/bin" && touch "$3/bin/python"\nexit 1\n')
+    python.chmod(0o755)
+    outside = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", target, f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["python"]

@@ -1,9 +1,11 @@
-"""The embedded pool: it is there, its tasks are sound, and the routed methods run. Scores are checked elsewhere."""
+"""The embedded pool: it is there, its tasks are sound, and the routed methods run. Scores are tested in test_scores.py."""
 
 from __future__ import annotations
 
 import json
+import runpy
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,6 +39,16 @@ def test_weights_are_stored_in_half_precision_and_take_little_room():
 def test_unknown_model_is_refused_with_the_nearest():
     with pytest.raises(ModelError, match="`zoo://tiny8/digit` is not in the zoo; did you mean `tiny8/digits`"):
         zoo.path("zoo://tiny8/digit")
+
+
+def test_recipe_makes_the_tokenizer_that_is_shipped(tmp_path):
+    recipe = Path(__file__).parents[2] / "examples" / "tiny8" / "pretrain.py"
+    names = runpy.run_path(str(recipe))
+    bpe = json.loads(names["make_tokenizer"]().backend_tokenizer.to_str())["model"]
+    names["write_vocabulary"](tmp_path, bpe["vocab"], bpe["merges"])
+    shipped = zoo.path("zoo://tiny8/pretrained")
+    for file in ("vocab.json", "merges.txt"):
+        assert (tmp_path / file).read_bytes() == (shipped / file).read_bytes()
 
 
 # Tasks

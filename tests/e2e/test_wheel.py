@@ -42,8 +42,10 @@ def test_installed_wheel_runs_the_default_job_outside_the_repository(site, tmp_p
 
 
 def test_the_wheel_is_what_was_run(site, tmp_path):
-    code = "import fusion_merge, fusion_merge.config; print(fusion_merge.__file__, *fusion_merge.config.__path__)"
+    code = "import fusion_merge, fusion_merge.config as c; print(fusion_merge.__file__, *c.__path__, sep='\\n')"
     environment = os.environ | {"PYTHONPATH": str(site)}
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert all(part.startswith(str(site)) for part in result.stdout.split())
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    package = site / "fusion_merge"
+    assert result.stdout.splitlines() == [str(package / "__init__.py"), str(package / "config")]
     assert (site / "fusion_merge" / "py.typed").is_file()

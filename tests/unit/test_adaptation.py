@@ -21,7 +21,7 @@ from fusion_merge.adaptation.loop import AdaptationRecord, TaskStream, adapt, ma
 from fusion_merge.adaptation.objectives import entropy, make_objective, mean_entropy
 from fusion_merge.adaptation.runtime import make_fabric, placement_of
 from fusion_merge.errors import AdaptationError, ConfigError
-from fusion_merge.moe import Routing
+from fusion_merge.moe import Routing, SoftTopK
 from fusion_merge.moe.layer import router_parameters
 
 TASKS = ("cats", "dogs")
@@ -319,6 +319,7 @@ def test_banks_are_not_kept_expanded_for_the_gradient():
         model(torch.randn(2, 3, 6)).sum()
     assert max(kept) < 3 * 6 * 10  # tasks, width, hidden
 
+
 def _interrupting_at(*steps: int) -> Iterator:
     for index, batch in enumerate(_batches(0)):
         if index in steps:
@@ -419,10 +420,35 @@ def test_a_failed_adaptation_has_its_logs_written(tmp_path):
 
 
 def test_mixed_precision_keeps_routers_in_full_precision():
-    model = upcycled_toy()
-    record = _adapt(model, fabric=make_fabric(accelerator="cpu", precision="bf16-mixed"), max_steps=2)
+    model, exact = upcycled_toy(), upcycled_toy()
+    options = {"optimizer": "sgd", "lr": 1e-2, "max_steps": 3}
+    _adapt(model, fabric=make_fabric(accelerator="cpu", precision="bf16-mixed"), **options)
+    before = _routers(exact)
+    _adapt(exact, **options)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert all(0 < value < 2 for value in record.entropy["cats"])
+    for name, value in _routers(exact).items():
+        moved = (value - before[name]).norm()
+        assert (_routers(model)[name] - value).norm() < 0.1 * moved  # in the same direction, to bfloat16's rounding
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_routers_in_half_precision_are_refused(precision):
+    with pytest.raises(ConfigError, match=f"`fabric.precision`={precision} stores what is trained in half precision"):
+        _adapt(upcycled_toy(), fabric=make_fabric(accelerator="cpu", precision=precision))
+
+
+def test_coefficients_are_averaged_and_selected_in_full_precision():
+    model = upcycled_toy("low_rank", selection=SoftTopK(2))
+    layer, tokens = model.layers[0], torch.randn(4, 200, 6, generator=torch.Generator().manual_seed(0))
+    layer.router.out.weight.data *= 0.01
+    exact = layer.coefficients(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = layer.router(tokens).float()
+        rounded = layer.coefficients(tokens)
+    expected = layer.selection(scores.mean(dim=1)).bfloat16()
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(rounded, expected)
+    torch.testing.assert_close(rounded.float(), exact, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize(

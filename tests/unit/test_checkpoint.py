@@ -11,7 +11,7 @@ from helpers import copied, same_state, upcycled_toy
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from fusion_merge.adaptation import checkpoint
+from fusion_merge import sealed
 from fusion_merge.adaptation.checkpoint import load_routers, router_state, save_routers
 from fusion_merge.errors import CheckpointError, FusionMergeError
 from fusion_merge.moe import LayerEncodedRouter, make_router, moe_layers
@@ -92,7 +92,19 @@ def test_a_shared_router_with_position_codes_is_stored_once(tmp_path):
 
 def test_a_checkpoint_says_what_it_belongs_to(saved):
     with safe_open(saved, framework="pt") as handle:
-        assert BELONGS_TO.items() <= json.loads(handle.metadata()["fusion_merge"]).items()
+        assert BELONGS_TO.items() <= json.loads(handle.metadata()["fusion_merge"])["about"].items()
+
+
+def test_a_flipped_bit_is_noticed(saved):
+    content = bytearray(saved.read_bytes())
+    for position in (-1, -20, len(content) // 2):
+        content[position] ^= 4
+        saved.write_bytes(content)
+        _refused(saved, "router checkpoint")
+        content[position] ^= 4
+    content[-1] ^= 4
+    saved.write_bytes(content)
+    _refused(saved, "is damaged: its values are not those that were written")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +185,7 @@ def test_a_failure_while_writing_leaves_the_old_checkpoint(saved, monkeypatch, e
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr(sealed, "save_file", half)
     with pytest.raises(FusionMergeError, match=r"routers\.ckpt.*No space left"):
         save_routers(saved, _other(), BELONGS_TO)
     assert saved.read_bytes() == before

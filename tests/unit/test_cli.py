@@ -15,9 +15,12 @@ import yaml
 from helpers import TASKS
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from lightning_fabric import Fabric
 from omegaconf import OmegaConf
 from runs import assert_refused, files_in, own_pool, run_cli
 
+from fusion_merge import cli
+from fusion_merge.errors import ConfigError
 from fusion_merge.schema import register_schema
 
 PRESETS = Path(str(files("fusion_merge.config")))
@@ -184,6 +187,97 @@ def test_documented_method_name_is_accepted(pool_dir, tmp_path, method, name):
     assert done.code == 0, done.err
 
 
+@pytest.mark.parametrize(
+    ("argument", "key", "value"),
+    [
+        ("taskpool.dataloader_kwargs.batch_size=32", "taskpool.dataloader_kwargs", {"batch_size": 32}),
+        ("taskpool.dataloader_kwargs={num_workers: 0}", "taskpool.dataloader_kwargs", {"num_workers": 0}),
+        ("modelpool.platform=hf", "modelpool.platform", "hf"),
+        ("modelpool.processor={_target_: a.b, c: 1}", "modelpool.processor", {"_target_": "a.b", "c": 1}),
+        ("modelpool.processor._target_=a.b", "modelpool.processor", {"_target_": "a.b"}),
+        ("taskpool.processor={_target_: a.b}", "taskpool.processor", {"_target_": "a.b"}),
+        ("taskpool.clip_model={_target_: a.b, path: c}", "taskpool.clip_model", {"_target_": "a.b", "path": "c"}),
+        ("taskpool.clip_model._target_=a.b", "taskpool.clip_model", {"_target_": "a.b"}),
+    ],
+)
+@pytest.mark.parametrize("pool", ["tiny8", "clip_vision"])
+def test_documented_option_of_the_pools_is_accepted(tmp_path, pool, argument, key, value):
+    models = ["modelpool.models={_pretrained_: x}"] if pool == "clip_vision" else []
+    done = run_cli(f"modelpool={pool}", *models, argument, "--cfg", "job", cwd=tmp_path)
+    assert done.code == 0, done.err
+    part, name = key.split(".")
+    assert yaml.safe_load(done.out)[part][name] == value
+
+
+def test_table_of_tasks_may_be_given_at_once(tmp_path):
+    models = ["modelpool=clip_vision", "modelpool.models={_pretrained_: x}"]
+    done = run_cli(*models, "taskpool.tasks={cats: {data: x}}", "--cfg", "job", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert yaml.safe_load(done.out)["taskpool"]["tasks"] == {"cats": {"data": "x"}}
+
+
+def test_batch_size_under_fusion_bench_s_name_reaches_the_task_pool(pool_dir, tmp_path):
+    options = ["taskpool.dataloader_kwargs.batch_size=3", "modelpool.platform=hf", "dry_run=true"]
+    done = run_cli("method=wemoe", *own_pool(pool_dir), *options, cwd=tmp_path)
+    assert done.code == 0, done.err
+
+
+# Sweeps
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "numbered"),
+    [
+        ("output_dir", "here", "here/7"),
+        ("output_dir", "~/a b/", "~/a b/7"),
+        ("merged_model_save_path", "kept/merged", "kept/merged/7"),
+        ("report_save_path", "rep.json", "rep-7.json"),
+        ("report_save_path", "kept/rep.v1.json", "kept/rep.v1-7.json"),
+        ("report_save_path", ".", "."),
+        ("report_save_path", None, None),
+        ("method.save_checkpoint", "/kept/wemoe.ckpt", "/kept/wemoe-7.ckpt"),
+        ("method.save_checkpoint", "wemoe", "wemoe-7"),
+        ("method.save_checkpoint", False, False),
+        ("method.output", "tuned", "tuned/7"),
+        ("method.checkpoint", "wemoe.ckpt", "wemoe.ckpt"),
+    ],
+)
+def test_job_of_a_sweep_has_its_number_in_what_it_writes(key, given, numbered):
+    part, _, name = key.rpartition(".")
+    config: dict[str, Any] = {"method": {}, "output_dir": None}
+    table = config[part] if part else config
+    table[name] = given
+    cli._keep_apart(config, 7)
+    assert table[name] == numbered
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (["method=wemoe,e_wemoe", "method.rank=3"], ["`method.rank` is not an option", "known are"]),
+        (["method=rankone_moe,wemoe", "method.rank=3"], ["`method.rank` is not an option", "did you mean `rank_k`"]),
+        (["method=choice(rankone_moe/rankone_moe,wemoe)", "method.rank=3"], ["did you mean `rank_k`"]),
+        (["method='rankone_moe',wemoe", "method.rank=3"], ["did you mean `rank_k`"]),
+        (["method=glob(*)", "method.rank=3"], ["`method.rank`", "--cfg job"]),
+        (["method=wemoe", "modelpool=tiny8,clip_vision", "modelpool.model.a=b"], ["did you mean `models`"]),
+        (["seed=1,2", "method.rank=3"], ["did you mean `rank_k`"]),
+        (["method=wemo,e_wemoe"], ["`method=wemo`", "did you mean `wemoe`"]),
+    ],
+)
+def test_wrong_key_in_a_sweep_is_refused_in_one_line(tmp_path, arguments, texts):
+    done = run_cli("--multirun", *arguments, f"hydra.sweep.dir={tmp_path / 'sweep'}", cwd=tmp_path / "work")
+    assert_refused(done, tmp_path / "work", *texts)
+
+
+@pytest.mark.parametrize("broken", [RuntimeError("no presets"), ConfigError("no presets"), KeyError("x")])
+def test_explaining_a_wrong_key_never_fails_itself(tmp_path, monkeypatch, broken):
+    def fail() -> None:
+        raise broken
+
+    monkeypatch.setattr(cli, "_selected_config", fail)
+    assert_refused(run_cli("method.rank=3", cwd=tmp_path), tmp_path, "`method.rank` is not an option")
+
+
 # What is refused
 
 
@@ -200,6 +294,9 @@ def test_documented_method_name_is_accepted(pool_dir, tmp_path, method, name):
         ("sed=1", ["`sed`", "did you mean `seed`"]),
         ("fabric.device=1", ["`fabric.device`", "did you mean `devices`"]),
         ("taskpool.batchsize=3", ["`taskpool.batchsize`", "did you mean `batch_size`"]),
+        ("taskpool.dataloader_kwarg.batch_size=3", ["`taskpool.dataloader_kwarg`", "did you mean `dataloader_kwargs`"]),
+        ("modelpool.platfrm=hf", ["`modelpool.platfrm` is not an option"]),
+        ("modelpool.platform=keras", ["`platform`='keras'", "hf"]),
         ("taskpool.task.cats=x", ["`taskpool.task`", "did you mean `tasks`"]),
         ("modelpool.model.cats=x", ["`modelpool.model`", "did you mean `models`"]),
         ("modelpol.models.cats=x", ["`modelpol`", "did you mean `modelpool`"]),
@@ -253,8 +350,16 @@ def test_pool_without_tasks_is_refused(pool_dir, tmp_path):
         ("fabric.strategy=alone", ["alone"]),
     ],
 )
-def test_impossible_hardware_is_refused(pool_dir, tmp_path, fabric, texts):
-    assert_refused(run_cli("method=wemoe", *own_pool(pool_dir), fabric, cwd=tmp_path), tmp_path, *texts)
+@pytest.mark.parametrize("dry", [[], ["dry_run=true"]], ids=["run", "dry run"])
+def test_impossible_hardware_is_refused(pool_dir, tmp_path, fabric, texts, dry):
+    assert_refused(run_cli("method=wemoe", *own_pool(pool_dir), fabric, *dry, cwd=tmp_path), tmp_path, *texts)
+
+
+def test_dry_run_starts_no_processes(pool_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(Fabric, "launch", lambda *_: pytest.fail("processes were started"))
+    several = ["fabric.accelerator=cpu", "fabric.devices=2", "dry_run=true"]
+    done = run_cli("method=wemoe", *own_pool(pool_dir), *several, cwd=tmp_path)
+    assert done.code == 0, done.err
 
 
 def test_misspelt_flag_is_refused(tmp_path):

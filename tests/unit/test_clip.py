@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from helpers import copied, same_state
@@ -12,11 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPVisionModel
 
-from fusion_merge.errors import ModelError
+from fusion_merge.errors import DataError, ModelError
 from fusion_merge.models.clip import (
     Processor,
     build_tower,
     canonical_names,
+    check_same_arithmetic,
     expected_shapes,
     load_clip,
     load_processor,
@@ -229,6 +232,69 @@ def test_preprocessing_is_that_of_pil(processor):
         [0.26862954, 0.26130258, 0.27577711]
     )
     torch.testing.assert_close(processor.preprocess(rgb)[:, 3, 5], expected, atol=1e-5, rtol=1e-5)
+
+
+def _pixels(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (20, 22, 3)).astype(np.uint8)
+
+
+AS_ARRAY = {
+    "bytes": lambda a: a,
+    "whole numbers": lambda a: a.astype(np.int64),
+    "floats": lambda a: a.astype(np.float32) / 255,
+    "doubles": lambda a: a / 255,
+    "byte tensor": lambda a: torch.from_numpy(a),
+    "channels first": lambda a: a.transpose(2, 0, 1),
+    "ToTensor": lambda a: torch.from_numpy(a).permute(2, 0, 1) / 255,
+    "doubles in a tensor": lambda a: torch.from_numpy(a).permute(2, 0, 1).double() / 255,
+}
+
+
+@pytest.mark.parametrize("kind", AS_ARRAY)
+def test_arrays_are_preprocessed_as_the_same_picture(processor, kind):
+    expected = processor.preprocess(Image.fromarray(_pixels()))
+    assert torch.equal(processor.preprocess(AS_ARRAY[kind](_pixels())), expected)
+
+
+@pytest.mark.parametrize(
+    ("array", "values"),
+    [
+        (_pixels() / 1.0, r"float64 values from 0 to 255"),
+        (_pixels() / 255 * 2 - 1, r"float64 values from -1 to 1"),
+        (torch.tensor(_pixels() / 127.5 - 1).bfloat16(), r"float32 values from -1 to 1"),
+        (_pixels().astype(np.int32) * 257, r"int32 values from 0 to 65535"),
+        (np.full((4, 4, 3), np.nan), r"float64 values from nan to nan"),
+    ],
+    ids=["floats to 255", "normalised", "half precision", "16 bits", "nan"],
+)
+def test_arrays_of_another_range_are_refused(processor, array, values):
+    with pytest.raises(DataError, match=f"an image holds {values}; give a PIL image"):
+        processor.preprocess(array)
+
+
+@pytest.mark.parametrize("what", ["cat.png", None, np.zeros((4, 4, 3), bool)])
+def test_what_is_no_picture_is_refused(processor, what):
+    with pytest.raises(DataError, match="give a PIL image"):
+        processor.preprocess(what)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_act", "gelu"),
+        ("num_attention_heads", 4),
+        ("layer_norm_eps", 1e-6),
+        ("image_size", 17),
+        ("patch_size", 4),
+    ],
+)
+def test_towers_that_compute_otherwise_are_refused(clip, key, value):
+    own = module_config(clip)
+    other = copy.deepcopy(own)
+    check_same_arithmetic(own, other, where="the cat model")
+    setattr(other, key, value)
+    with pytest.raises(ModelError, match=f"the cat model has `{key}`={value!r}.*has {getattr(own, key)!r}"):
+        check_same_arithmetic(own, other, where="the cat model")
 
 
 def test_a_processor_object_is_split_into_its_halves(processor):

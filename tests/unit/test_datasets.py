@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from fusion_merge.errors import DataError
-from fusion_merge.pools.datasets import DEFAULT_TEMPLATE, make_task
+from fusion_merge.pools.datasets import DEFAULT_TEMPLATE, UNLABELLED, ImageTask, make_task
+from fusion_merge.pools.reading import Purpose
 
 NAMES = ["siamese", "tabby"]
 LABELS = [0, 1, 1, 0]
@@ -161,9 +165,211 @@ def test_split_that_is_not_there_is_refused_with_those_that_are(data):
         make_task("cats", {"data": data, "split": "validation"})
 
 
+@pytest.mark.parametrize("name", ["validation", "val", "valid", "dev"])
+def test_validation_is_taken_where_there_is_no_test(name):
+    assert len(make_task("cats", DatasetDict({"train": dataset([0, 1]), name: dataset()}))) == 4
+
+
 def test_unclear_choice_of_splits_is_refused_with_those_that_are():
-    with pytest.raises(DataError, match=r"train, validation.*`split`"):
-        make_task("cats", DatasetDict({"train": dataset(), "validation": dataset()}))
+    with pytest.raises(DataError, match=r"train, extra.*`split`"):
+        make_task("cats", DatasetDict({"train": dataset(), "extra": dataset()}))
+
+
+@pytest.mark.parametrize("where", ["of the task", "of the pool"])
+@pytest.mark.parametrize("split", ["validatoin", "train"])
+def test_split_that_is_not_there_is_never_replaced(where, split):
+    data = DatasetDict({"validation": dataset(), "test": dataset()})
+    own, common = ({"split": split}, None) if where == "of the task" else ({}, split)
+    with pytest.raises(DataError, match=f"`cats` has the splits validation, test, but `split`='{split}'"):
+        make_task("cats", {"data": data, **own}, split=common)
+
+
+def test_split_may_be_named_as_it_is_called_elsewhere():
+    data = DatasetDict({"val": dataset([0, 1]), "test": dataset()})
+    assert len(make_task("cats", {"data": data, "split": "validation"})) == 2
+
+
+def test_task_s_own_split_comes_before_that_of_the_pool():
+    assert len(make_task("cats", {"data": splits(), "split": "train"}, split="test")) == 2
+
+
+@pytest.mark.parametrize("make", [lambda _: dataset(), lambda path: str(write_images(path))], ids=["object", "images"])
+def test_split_of_data_without_splits_is_refused(make, tmp_path):
+    with pytest.raises(DataError, match="`split`='test' of `cats`: its data have no splits"):
+        make_task("cats", make(tmp_path), split="test")
+
+
+def test_fine_tuning_takes_the_training_split():
+    assert len(make_task("cats", splits(), purpose=Purpose.FINE_TUNING)) == 2
+    assert len(make_task("dots", "zoo://tiny8/dots", purpose=Purpose.FINE_TUNING)) == 2400
+
+
+@pytest.mark.parametrize("data", [dataset(), DatasetDict({"everything": dataset()})], ids=["no split", "nameless"])
+def test_fine_tuning_takes_data_without_splits_whole(data):
+    assert len(make_task("cats", data, purpose=Purpose.FINE_TUNING)) == 4
+
+
+@pytest.mark.parametrize("names", [("validation", "test"), ("test",), ("val",)])
+def test_fine_tuning_never_takes_another_split_by_itself(names):
+    data = DatasetDict({name: dataset() for name in names})
+    with pytest.raises(DataError, match=rf"`cats` has the splits {', '.join(names)}.*no `train`.*`split`"):
+        make_task("cats", data, purpose=Purpose.FINE_TUNING)
+    assert len(make_task("cats", {"data": data, "split": names[0]}, purpose=Purpose.FINE_TUNING)) == 4
+
+
+# Splits of parquet files
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "split"),
+    [
+        ("data/train-00000-of-00001", "data/test-00000-of-00001", "test"),
+        ("default/train/0000", "default/test/0000", "test"),
+        ("train_000", "test_000", "test"),
+        ("train", "val-00000-of-00001", "validation"),
+        ("train", "valid", "validation"),
+        ("training/cats", "dev/cats", "validation"),
+        ("cats.train", "cats.validation", "validation"),
+        ("test_config/train/0000", "test_config/validation/0000", "validation"),
+    ],
+)
+def test_splits_of_parquet_files_are_told_by_their_names(train, other, split, tmp_path):
+    write_parquet(tmp_path / f"{train}.parquet", dataset([0, 1]))
+    write_parquet(tmp_path / f"{other}.parquet", dataset([0, 1, 1]))
+    sizes = {s: len(make_task("cats", {"data": str(tmp_path), "split": s})) for s in ("train", split)}
+    assert sizes == {"train": 2, split: 3}
+    assert len(make_task("cats", str(tmp_path))) == 3
+
+
+def test_parquet_files_of_one_split_are_taken_together(tmp_path):
+    for i in range(2):
+        write_parquet(tmp_path / "test" / f"{i:04}.parquet", dataset([0, 1]))
+    write_parquet(tmp_path / "train" / "0000.parquet", dataset())
+    assert len(make_task("cats", str(tmp_path))) == 4
+
+
+def test_parquet_files_without_splits_are_taken_together(tmp_path):
+    for name in ("0000", "0001", "latest"):
+        write_parquet(tmp_path / f"{name}.parquet", dataset([0, 1]))
+    assert len(make_task("cats", str(tmp_path))) == 6
+
+
+@pytest.mark.parametrize("other", ["extra", "train_test"])
+def test_mix_of_parquet_files_with_and_without_splits_is_refused(other, tmp_path):
+    write_parquet(tmp_path / "test.parquet", dataset())
+    write_parquet(tmp_path / f"{other}.parquet", dataset())
+    with pytest.raises(DataError, match=rf"`cats`.*{other}\.parquet` tells no split.*test\.parquet` belongs to `test`"):
+        make_task("cats", str(tmp_path))
+
+
+# Folders of images
+
+
+def write_pictures(folder: Path, *names: str) -> str:
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(i % 6).save(folder / name)
+    return str(folder)
+
+
+def classes_of(task: ImageTask) -> list[str]:
+    return [task.classnames[task.item(i)[1]] for i in range(len(task))]
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ["airport", "beach", "train_interior", "train_station"],
+        ["test", "tube"],
+        ["car", "train"],
+        ["eval results", "dev-board", "valid"],
+    ],
+)
+def test_class_folders_may_be_called_like_splits(classes, tmp_path):
+    task = make_task("rooms", write_pictures(tmp_path, *(f"{name}/{i}.png" for name in classes for i in range(2))))
+    assert task.classnames == tuple(sorted(classes))
+    assert classes_of(task) == [name for name in sorted(classes) for _ in range(2)]
+
+
+def test_image_files_may_be_called_like_splits(tmp_path):
+    names = [f"{folder}/{file}.png" for folder in NAMES for file in ("test_0", "train-1", "2")]
+    assert len(make_task("cats", write_pictures(tmp_path, *names))) == 6
+
+
+def test_load_dataset_s_imagefolder_is_read_like_a_folder(tmp_path):
+    write_pictures(tmp_path, "airport/0.png", "beach/0.png", "train_interior/0.png", "train_station/0.png")
+    assert len(make_task("rooms", {"path": "imagefolder", "data_dir": str(tmp_path)}).classnames) == 4
+
+
+def test_images_in_folders_of_splits_have_the_classes_of_all_splits(tmp_path):
+    write_pictures(tmp_path, "train/tabby/0.png", "train/siamese/1.png", "val/tabby/0.png", "Test/tabby/0.JPG")
+    for split, classes in {"train": ["siamese", "tabby"], "val": ["tabby"], "test": ["tabby"]}.items():
+        task = make_task("cats", {"data": str(tmp_path), "split": split})
+        assert (task.classnames, classes_of(task)) == (("siamese", "tabby"), classes)
+
+
+def test_two_folders_for_one_split_are_refused(tmp_path):
+    with pytest.raises(DataError, match="two folders for the split `validation`: `dev` and `val`"):
+        make_task("cats", write_pictures(tmp_path, "dev/a/0.png", "val/a/0.png"))
+
+
+def test_split_beside_something_else_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"train` looks like a split with class folders"):
+        make_task("cats", write_pictures(tmp_path, "train/tabby/0.png", "extra/tabby/0.png"))
+
+
+def test_class_folders_may_have_folders(tmp_path):
+    task = make_task("cats", write_pictures(tmp_path, "siamese/2020/0.png", "siamese/1.png", "tabby/2021/0.png"))
+    assert classes_of(task) == ["siamese", "siamese", "tabby"]
+
+
+def test_single_folder_around_the_class_folders_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"the one class `data`, with folders in it.*give `.*/data`"):
+        make_task("cats", write_pictures(tmp_path, "data/siamese/0.png", "data/tabby/0.png"))
+
+
+def test_image_beside_class_folders_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"`cats`.*loose\.png` lies beside the class folders"):
+        make_task("cats", write_pictures(tmp_path, "siamese/0.png", "tabby/0.png", "loose.png"))
+
+
+def test_hidden_files_and_other_files_are_no_images(tmp_path):
+    write_pictures(tmp_path, "siamese/0.png", "tabby/0.png", ".cache/x/0.png", "__MACOSX/tabby/0.png", "tabby/._0.png")
+    (tmp_path / "tabby" / "notes.txt").write_text("meow")
+    assert classes_of(make_task("cats", str(tmp_path))) == ["siamese", "tabby"]
+
+
+def test_linked_class_folders_are_followed(tmp_path):
+    write_pictures(tmp_path / "elsewhere", "0.png", "1.png")
+    write_pictures(tmp_path / "cats", "tabby/0.png")
+    (tmp_path / "cats" / "siamese").symlink_to(tmp_path / "elsewhere")
+    assert len(make_task("cats", str(tmp_path / "cats"))) == 3
+
+
+@pytest.fixture
+def datasets_leaves_files_open() -> Iterator[None]:
+    """Close here what `datasets` leaves open when it reads a table of images; warnings are errors elsewhere."""
+    yield
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.usefixtures("datasets_leaves_files_open")
+def test_folder_described_by_a_table_is_read_as_datasets_does(tmp_path):
+    write_pictures(tmp_path, "0.png", "test_1.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,1\ntest_1.png,0\n")
+    task = make_task("cats", {"data": str(tmp_path), "classnames": NAMES})
+    assert sorted((shade(image), label) for image, label in map(task.item, range(2))) == [(0, 1), (1, 0)]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.usefixtures("datasets_leaves_files_open")
+def test_table_that_leaves_images_out_is_refused(tmp_path):
+    write_pictures(tmp_path, "0.png", "1.png", "2.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,1\n1.png,0\n")
+    with pytest.raises(DataError, match="`cats`"):
+        make_task("cats", {"data": str(tmp_path), "classnames": NAMES})
 
 
 # Columns
@@ -217,6 +423,36 @@ def test_dataset_without_labels_is_refused():
         make_task("cats", dataset().remove_columns("label"))
 
 
+def unlabelled_folder(path: Path) -> str:
+    return write_pictures(path, *(f"{i}.png" for i in range(4)))
+
+
+UNLABELLED_SOURCES = {
+    "flat folder": unlabelled_folder,
+    "flat folders of splits": lambda path: write_pictures(path, "train/0.png", *(f"test/{i}.png" for i in range(4))),
+    "no label column": lambda _: dataset().remove_columns("label"),
+    "labels of -1": lambda _: dataset([-1] * 4),
+    "labels of null": lambda _: dataset([0, 1, None, None]),
+    "rows without labels": lambda _: [{"image": picture(i)} for i in range(4)],
+}
+
+
+@pytest.mark.parametrize("kind", UNLABELLED_SOURCES)
+def test_unlabelled_images_can_be_adapted_on_and_not_scored(kind, tmp_path):
+    spec = {"data": UNLABELLED_SOURCES[kind](tmp_path), "classnames": NAMES}
+    task = make_task("cats", spec, purpose=Purpose.ADAPTATION)
+    assert (task.label_column, task.classnames) == (None, tuple(NAMES))
+    assert [task.item(i)[1] for i in range(4)] == [UNLABELLED] * 4
+    for purpose in (Purpose.SCORING, Purpose.FINE_TUNING):
+        with pytest.raises(DataError, match=r"`cats` has (no label column|images without a label)"):
+            make_task("cats", spec, purpose=purpose)
+
+
+def test_unlabelled_images_need_classnames_even_for_adaptation(tmp_path):
+    with pytest.raises(DataError, match=r"`cats` has no label column.*adapted on, if `classnames` are given"):
+        make_task("cats", unlabelled_folder(tmp_path), purpose=Purpose.ADAPTATION)
+
+
 def test_image_folder_without_class_folders_is_refused(tmp_path):
     picture(0).save(tmp_path / "0.png")
     picture(1).save(tmp_path / "1.png")
@@ -260,6 +496,64 @@ def test_wrong_label_in_a_list_is_refused_when_it_is_read():
 def test_nameless_classes_are_refused(data):
     with pytest.raises(DataError, match=r"`cats` does not name its classes; give them with `classnames`"):
         make_task("cats", data)
+
+
+# `dataset()` has the labels siamese (0) and tabby (1), as folders of these names have
+
+
+@pytest.mark.parametrize("make", [lambda _: dataset(), write_images], ids=["dataset", "image folder"])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["tabby", "siamese"], ["siamese", "tabby"]),
+        (["siamese", "tabby"], ["siamese", "tabby"]),
+        (["Tabby", "SIAMESE"], ["SIAMESE", "Tabby"]),
+        (["a royal cat", "a striped cat"], ["a royal cat", "a striped cat"]),
+        (["siamese", "a striped cat"], ["siamese", "a striped cat"]),
+        ({"tabby": "a striped cat", "siamese": "a royal cat"}, ["a royal cat", "a striped cat"]),
+    ],
+    ids=["reversed", "in order", "capitals", "others", "one other", "mapping"],
+)
+def test_class_names_stand_for_the_right_labels(make, given, expected, tmp_path):
+    task = make_task("cats", {"data": make(tmp_path), "classnames": given})
+    labels = {shade(image): label for image, label in map(task.item, range(4))}
+    assert labels == dict(enumerate(LABELS))  # the images' own: 0 for siamese, 1 for tabby
+    assert list(task.classnames) == expected
+
+
+def test_underscores_of_label_names_may_be_spaces():
+    data = dataset(feature=ClassLabel(names=["long_haired", "short_haired"]))
+    task = make_task("cats", {"data": data, "classnames": ["short haired", "long haired"]})
+    assert task.classnames == ("long haired", "short haired")
+
+
+@pytest.mark.parametrize("given", [["tabby", "lion"], ["lion", "siamese"], ["lion", "siamese", "tabby"]])
+def test_label_name_in_the_place_of_another_is_refused(given):
+    with pytest.raises(DataError, match=r"`classnames` of `cats` has '\w+' at place \d.*in the order siamese, tabby"):
+        make_task("cats", {"data": dataset(), "classnames": given})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tabby": "a", "siamse": "b"}, "`siamse`, not a label of the dataset; did you mean `siamese`"),
+        ({"tabby": "a"}, "nothing for the dataset's label `siamese`; add"),
+        ({"tabby": "a", "siamese": None}, "None for `siamese`, not a text"),
+    ],
+)
+def test_mapping_of_class_names_must_have_each_label_once(given, message):
+    with pytest.raises(DataError, match=f"`classnames` of `cats` has {message}"):
+        make_task("cats", {"data": dataset(), "classnames": given})
+
+
+def test_mapping_of_class_names_needs_a_dataset_that_names_its_labels():
+    with pytest.raises(DataError, match=r"`classnames` of `cats` is a mapping.*give a list"):
+        make_task("cats", {"data": [(picture(0), 0)], "classnames": {"tabby": "a"}})
+
+
+def test_numbers_may_be_keys_of_class_names():
+    data = dataset(feature=ClassLabel(names=["0", "1"]))
+    assert make_task("cats", {"data": data, "classnames": {1: "one", 0: "zero"}}).classnames == ("zero", "one")
 
 
 def test_template_without_a_place_for_the_name_is_refused():

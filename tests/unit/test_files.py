@@ -7,8 +7,8 @@ import stat
 
 import pytest
 
-from fusion_merge.errors import FusionMergeError
-from fusion_merge.files import atomic, write_text
+from fusion_merge.errors import ConfigError, FusionMergeError
+from fusion_merge.files import atomic, check_writable, write_text
 
 
 def _names(folder) -> list[str]:
@@ -78,3 +78,60 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_text("~/note.txt", "x")
     assert (tmp_path / "note.txt").read_text() == "x"
+
+
+# What could not be written is refused before work is done
+
+
+@pytest.fixture
+def places(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("old")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [
+        ("file", "file"),
+        ("new", "file"),
+        ("folder/new", "file"),
+        ("new/new", "file"),
+        ("folder", "folder"),
+        ("new", "folder"),
+        ("folder/new/new", "folder"),
+    ],
+)
+def test_place_that_can_be_written_is_accepted_and_left_alone(places, place, kind):
+    check_writable(places / place, "output_dir", kind=kind)
+    assert _names(places) == ["file", "folder"]
+    assert _names(places / "folder") == []
+    assert (places / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "text"),
+    [
+        ("folder", "file", r"folder` is a folder; name a file"),
+        ("file", "folder", r"file` is a file, not a folder; name another place"),
+        ("file/below", "file", r"file` is a file, not a folder"),
+        ("file/below/it", "folder", r"file` is a file, not a folder"),
+    ],
+)
+def test_place_of_the_wrong_kind_is_refused(places, place, kind, text):
+    with pytest.raises(ConfigError, match=rf"`save_here`='.*/{place}' cannot be written: `.*/{text}"):
+        check_writable(places / place, "save_here", kind=kind)
+
+
+def test_place_is_meant_to_be_a_file_unless_told_otherwise(places):
+    check_writable(places / "file", "report_save_path")
+    with pytest.raises(ConfigError, match="is a folder"):
+        check_writable(places / "folder", "report_save_path")
+
+
+@pytest.mark.parametrize(("place", "locked"), [("file", "."), ("file", "file"), ("new", "."), ("folder/new", "folder")])
+def test_place_without_permission_is_refused(places, monkeypatch, place, locked):
+    forbidden = places / locked  # the tests may be run by root, who may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path != forbidden)
+    with pytest.raises(ConfigError, match="no permission for"):
+        check_writable(places / place, "report_save_path")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from itertools import chain, islice
 
 import numpy as np
@@ -128,6 +129,17 @@ def test_worker_processes_do_not_change_the_order(workers):
     assert _indices(loader, 4) == list(islice(EndlessBatches(10, 4, seed=1), 4))
 
 
+def test_ctrl_c_does_not_end_worker_processes():
+    loader = adaptation_loader(_images(cache_bytes=0), 4, 0, workers=1, placement=Placement())
+    batches = iter(loader)
+    expected = _indices(adaptation_loader(_images(), 4, 0, workers=0, placement=Placement()), 6)
+    found = [next(batches)]
+    for worker in batches._workers:
+        os.kill(worker.pid, signal.SIGINT)
+    found += islice(batches, 5)
+    assert [pixels[:, 0, 0, 0].int().tolist() for pixels, _ in found] == expected
+
+
 def test_evaluation_gives_every_image_once_in_order():
     loader = evaluation_loader(_images(), 4, workers=0, placement=Placement())
     assert _indices(loader) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
@@ -208,6 +220,21 @@ def test_a_label_outside_the_classes_is_named():
     task = ImageTask("numbers", [(np.zeros((2, 2, 3)), 2)], 0, 1, ("even", "odd"), ("{}",))
     with pytest.raises(DataError, match="image 0 has label 2, but there are 2 classes"):
         TaskImages(task, torch.tensor)
+
+
+def test_an_image_of_another_range_is_named():
+    def refuse(_image):
+        raise DataError("an image holds float64 values from 0 to 255")
+
+    with pytest.raises(DataError, match=r"image 0 of `numbers`: an image holds"):
+        _images(preprocess=refuse)
+
+
+def test_images_without_labels_make_batches():
+    task = ImageTask("numbers", Pixels(4), 0, None, ("even", "odd"), ("{}",))
+    images = TaskImages(task, lambda image: torch.tensor(image).permute(2, 0, 1).float())
+    ((_, labels),) = evaluation_loader(images, 4, workers=0, placement=Placement())
+    assert labels.tolist() == [-1] * 4
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,11 +183,25 @@ def test_a_dtype_converts_what_is_read(saved, reader, dtype):
 
 def test_a_subfolder_is_not_ignored(saved, modelpool):
     WEMoEAlgorithm().build(modelpool).save_pretrained(saved / "inner")
-    try:
-        model = MergedCLIPVisionModel.from_pretrained(saved, subfolder="inner")
-    except FusionMergeError:
-        return
+    model = MergedCLIPVisionModel.from_pretrained(saved, subfolder="inner")
     assert model.config.method == "wemoe"
+
+
+def test_a_save_that_is_killed_half_way_leaves_nothing_that_can_be_read(saved, modelpool, monkeypatch):
+    replace = Path.replace
+
+    def killed(self, target):
+        if Path(target).name == "config.json":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        model = WEMoEAlgorithm().build(modelpool)
+        with pytest.raises(KeyboardInterrupt):
+            model.save_pretrained(saved)
+    with pytest.raises(FusionMergeError):
+        MergedCLIPVisionModel.from_pretrained(saved)
 
 
 def test_shards_are_read_back_and_replaced_by_a_single_file(saved):

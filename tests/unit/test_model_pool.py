@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPModel, CLIPVisionModel
 
-from fusion_merge import CLIPVisionModelPool
-from fusion_merge.errors import ConfigError, ModelError
-from fusion_merge.models.clip import module_config, module_state, save_tower
+from fusion_merge import CLIPFinetuneAlgorithm, CLIPVisionModelPool, WEMoEAlgorithm
+from fusion_merge.errors import ConfigError, DataError, ModelError
+from fusion_merge.models.clip import module_config, module_state, save_tower, vision_backbone
 from fusion_merge.models.sources import LazyState
+from fusion_merge.pools import references
 
 
 def write_checkpoint(folder: Path, tower: nn.Module, name: str, prefix: str) -> str:
@@ -73,10 +74,15 @@ SOURCES: dict[str, Any] = {
     "torch file": lambda folder, tower, _: write_checkpoint(folder, tower, "pytorch_model.bin", "vision_model."),
     "shards": lambda folder, tower, _: save_sharded(folder, tower),
     "one file": lambda folder, tower, _: f"{save_with_us(folder, tower)}/model.safetensors",
+    "path object": lambda folder, tower, _: Path(save_with_us(folder, tower)),
     "path config": lambda folder, tower, _: {"path": save_with_us(folder, tower)},
     "target config": lambda folder, tower, _: {
         "_target_": "transformers.CLIPVisionModel.from_pretrained",
         "pretrained_model_name_or_path": save_with_us(folder, tower),
+    },
+    "subfolder config": lambda folder, tower, _: {
+        "path": str(Path(save_with_us(folder / "inner", tower)).parent),
+        "subfolder": "inner",
     },
     "target config of our own": lambda folder, tower, _: {"_target_": "runs.random_tower", "seed": 7},
 }
@@ -126,6 +132,18 @@ def test_unknown_model_is_refused_with_the_nearest(modelpool):
         modelpool.state("cat")
 
 
+@pytest.mark.parametrize("models", ["models/pretrained", ["a", "b"], 3])
+def test_models_that_are_no_table_are_refused_with_an_example(models):
+    with pytest.raises(ConfigError, match=r"`models`=.* is not a table.*`models=\{_pretrained_: PATH_OR_HUB_ID"):
+        CLIPVisionModelPool(models)
+
+
+@pytest.mark.parametrize("option", ["train_datasets", "test_datasets"])
+def test_datasets_that_are_no_table_are_refused_with_an_example(option):
+    with pytest.raises(ConfigError, match=rf"`{option}`='images' is not a table.*`{option}=\{{TASK:"):
+        CLIPVisionModelPool({"_pretrained_": "x/p"}, **{option: "images"})
+
+
 # Where models come from
 
 
@@ -171,11 +189,52 @@ def test_loaded_model_is_a_copy(tower):
     [
         ("x/cats@main", "x/cats@main"),
         ({"path": "x/cats"}, "x/cats"),
+        ({"path": "x/cats", "revision": "v1", "subfolder": "inner"}, "x/cats@v1 (inner)"),
         ({"_target_": "runs.random_tower", "seed": 7}, "runs.random_tower"),
     ],
 )
 def test_origin_is_told_in_words(source, words):
     assert CLIPVisionModelPool({"_pretrained_": source}).base_model == words
+
+
+FROM_PRETRAINED = {"_target_": "transformers.CLIPVisionModel.from_pretrained", "pretrained_model_name_or_path": "a/b"}
+
+
+def test_options_for_the_hub_are_passed_on(monkeypatch):
+    given = {"revision": "v1", "subfolder": "cats", "token": "t", "cache_dir": "c", "local_files_only": True}
+    asked: list[dict[str, Any]] = []
+
+    def find(source: str, **options: Any) -> None:
+        asked.append({"source": source, **options})
+        raise ModelError("found nothing")
+
+    monkeypatch.setattr(references, "find_files", find)
+    with pytest.raises(ModelError, match="model `_pretrained_`: found nothing"):
+        CLIPVisionModelPool({"_pretrained_": FROM_PRETRAINED | given}).check(0)
+    assert asked == [{"source": "a/b", **given}]
+
+
+@pytest.mark.parametrize("source", [FROM_PRETRAINED, {"path": "a/b"}], ids=["target", "path"])
+@pytest.mark.parametrize(
+    ("key", "message"), [("revison", "did you mean `revision`"), ("sub_folder", "did you mean `subfolder`")]
+)
+def test_other_options_are_refused_with_the_nearest(pool_dir, source, key, message):
+    pool = CLIPVisionModelPool({"_pretrained_": str(pool_dir / "pretrained"), "cats": source | {key: "x"}})
+    with pytest.raises(ConfigError, match=f"`{key}` is not an option of model `cats`; {message}"):
+        pool.check()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"_target_": "transformers.CLIPVisionModel.from_pretrained"},
+        {"path": "a/b", "pretrained_model_name_or_path": "a/c"},
+        {"revision": "v1"},
+    ],
+)
+def test_config_without_one_path_is_refused(source):
+    with pytest.raises(ConfigError, match=r"model `_pretrained_` is .*give one of `path`"):
+        CLIPVisionModelPool({"_pretrained_": source}).check(0)
 
 
 def test_origin_of_a_module_is_its_class(tower):
@@ -207,6 +266,25 @@ def test_models_of_different_depths_are_refused_naming_a_tensor(pool_dir):
     deep = random_tower(1, num_hidden_layers=3)
     pool = CLIPVisionModelPool({"_pretrained_": str(pool_dir / "pretrained"), "deep": deep})
     with pytest.raises(ModelError, match=r"`deep`.*`encoder\.layers\.2\."):
+        pool.check()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_act", "gelu"),
+        ("num_attention_heads", 4),
+        ("layer_norm_eps", 1e-6),
+        ("image_size", 17),
+    ],
+)
+def test_models_that_compute_otherwise_are_refused_before_any_weight_is_read(
+    pool_dir, tmp_path, key, value, monkeypatch
+):
+    save_tower(random_tower(1, **{key: value}), tmp_path / "other")
+    monkeypatch.setattr(LazyState, "__getitem__", lambda *_: pytest.fail("a tensor was read"))
+    pool = CLIPVisionModelPool({"_pretrained_": str(pool_dir / "pretrained"), "cats": str(tmp_path / "other")})
+    with pytest.raises(ModelError, match=rf"model `cats` \(.*other\) has `{key}`={value!r}.*the pretrained model has"):
         pool.check()
 
 
@@ -281,6 +359,11 @@ def test_another_platform_is_refused(pool_dir):
         CLIPVisionModelPool({"_pretrained_": "x/p"}, platform="modelscope")
 
 
+@pytest.mark.parametrize("platform", ["hf", "huggingface"])
+def test_platform_may_be_named_as_fusion_bench_does(platform):
+    assert CLIPVisionModelPool({"_pretrained_": "x/p"}, platform=platform).all_model_names == ["_pretrained_"]
+
+
 # Its datasets
 
 
@@ -312,3 +395,52 @@ def test_embedded_tasks_take_their_own_split(pool_dir, split, images):
     data = {"dots": "zoo://tiny8/dots"}
     pool = CLIPVisionModelPool({"_pretrained_": str(pool_dir / "pretrained")}, train_datasets=data, test_datasets=data)
     assert len(pool.task_pool(split).task("dots")) == images
+
+
+def blanks(*labels: int) -> Dataset:
+    features = Features({"image": Image(), "label": ClassLabel(names=["tabby", "siamese"])})
+    return Dataset.from_dict({"image": [PILImage.new("RGB", (20, 20))] * len(labels), "label": labels}, features)
+
+
+def test_fine_tuning_never_trains_on_other_splits(pool_dir):
+    data = {"cats": DatasetDict({"validation": blanks(0), "test": blanks(0)})}
+    pool = CLIPVisionModelPool({"_pretrained_": str(pool_dir / "pretrained")}, train_datasets=data)
+    with pytest.raises(DataError, match="`cats` has the splits validation, test, and no `train`"):
+        CLIPFinetuneAlgorithm(max_steps=1).check(pool)
+
+
+def test_neither_test_nor_train_datasets_are_refused(modelpool):
+    with pytest.raises(ConfigError, match=r"`split`='validation'.*neither `test` nor `train`"):
+        modelpool.task_pool("validation")
+
+
+def test_unlabelled_images_are_adapted_on_where_classnames_are_given(pool_dir):
+    flat = {task: str(pool_dir / "images" / task / names[0]) for task, names in TASKS.items()}
+    models = {"_pretrained_": str(pool_dir / "pretrained")} | {task: str(pool_dir / task) for task in TASKS}
+    named = {task: {"data": flat[task], "classnames": list(names)} for task, names in TASKS.items()}
+    method = WEMoEAlgorithm(max_steps=1, batch_size=4)
+    method.run(CLIPVisionModelPool(models, test_datasets=named))
+    assert method.record is not None
+    assert method.record.steps == 1
+    with pytest.raises(DataError, match="`cats` has no label column"):
+        method.run(CLIPVisionModelPool(models, test_datasets=flat))
+
+
+def test_unlabelled_images_are_not_fine_tuned_on(pool_dir):
+    data = {"cats": {"data": str(pool_dir / "images" / "cats" / "tabby"), "classnames": ["tabby", "siamese"]}}
+    pool = CLIPVisionModelPool({"_pretrained_": str(pool_dir / "pretrained")}, train_datasets=data)
+    with pytest.raises(DataError, match="`cats` has no label column"):
+        CLIPFinetuneAlgorithm(max_steps=1).check(pool)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("as_module", [False, True])
+def test_weights_that_are_no_numbers_are_refused_naming_tensor_and_model(pool_dir, tmp_path, value, as_module):
+    tower = CLIPVisionModelPool({"_pretrained_": str(pool_dir / "pretrained")}).load_pretrained_model()
+    vision_backbone(tower).encoder.layers[1].mlp.fc1.weight.data[3, 2] = value
+    save_tower(tower, tmp_path / "broken")
+    pool = CLIPVisionModelPool(
+        {"_pretrained_": str(pool_dir / "pretrained"), "cats": tower if as_module else str(tmp_path / "broken")}
+    )
+    with pytest.raises(ModelError, match=r"(?s)encoder\.layers\.1\.mlp\.fc1\.weight.*NaN|NaN.*fc1\.weight"):
+        pool.load_model("cats")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import same_state
 from huggingface_hub import constants
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.utils import hub as transformers_hub
 
 from fusion_merge import zoo
 from fusion_merge.errors import ModelError
+from fusion_merge.models import sources
 from fusion_merge.models.clip import canonical_names
 from fusion_merge.models.sources import LazyState, find_files, fingerprint, split_source
 
@@ -242,14 +245,93 @@ def test_all_zoo_names_can_be_found():
     assert all(zoo.path(zoo.SCHEME + name).is_dir() for name in zoo.names())
 
 
-def test_a_lazy_state_reads_headers_alone_until_it_is_asked(folder, monkeypatch):
+class _CountingFile:
+    """A safetensors file that keeps how many numbers were read of each tensor."""
+
+    def __init__(self, reads: dict[str, int], *args, **kwargs) -> None:
+        self._file = safe_open(*args, **kwargs)
+        self._reads = reads
+
+    def keys(self):
+        return self._file.keys()
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self._count(name, self._file.get_tensor(name))
+
+    def get_slice(self, name: str) -> _CountingSlice:
+        return _CountingSlice(self, name, self._file.get_slice(name))
+
+    def _count(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        self._reads[name] = self._reads.get(name, 0) + tensor.numel()
+        return tensor
+
+
+class _CountingSlice:
+    def __init__(self, file: _CountingFile, name: str, real) -> None:
+        self._file, self._name, self._real = file, name, real
+
+    def get_shape(self) -> list[int]:
+        return self._real.get_shape()
+
+    def __getitem__(self, index) -> torch.Tensor:
+        return self._file._count(self._name, self._real[index])
+
+
+@pytest.fixture
+def reads(monkeypatch) -> dict[str, int]:
+    """How many numbers were read of each tensor in safetensors files."""
+    counts: dict[str, int] = {}
+    monkeypatch.setattr(sources, "safe_open", partial(_CountingFile, counts))
+    return counts
+
+
+def test_a_lazy_state_reads_headers_alone_until_it_is_asked(folder, reads):
     state = LazyState(find_files(str(folder)).weights, canonical_names)
-    reads = []
-    monkeypatch.setattr(torch.Tensor, "to", lambda t, *a: reads.append(tuple(t.shape)) or t)
     assert state.shapes["pre_layrnorm.weight"] == (16,)
-    assert not reads
+    assert len(state) > 10
+    assert reads == {}
     assert state["pre_layrnorm.weight"].shape == (16,)
-    assert reads == [(16,)]
+    assert reads == {"vision_model.pre_layrnorm.weight": 16}
+
+
+def test_a_fingerprint_reads_one_row_of_each_tensor(folder, reads, tower):
+    expected = fingerprint({n.removeprefix("vision_model."): t for n, t in tower.items()})
+    state = LazyState(find_files(str(folder)).weights, canonical_names)
+    assert fingerprint(state) == expected
+    assert reads == {f"vision_model.{name}": shape[-1] for name, shape in state.shapes.items()}
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 3, 4), (2, 3, 4, 5)])
+def test_the_first_row_is_that_of_the_whole_tensor(tmp_path, shape, ending):
+    tensor, file = torch.randn(shape).half(), tmp_path / f"x.{ending}"
+    (save_file if ending == "safetensors" else torch.save)({"w": tensor}, file)
+    row = LazyState((file,), _all_names).first_row("w")
+    assert torch.equal(row, tensor.float().flatten()[: shape[-1] if shape else 1])
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("cats", {"revision": "v1"}, "is a path here, and has no `revision`='v1'"),
+        ("cats/model.safetensors", {"subfolder": "x"}, "is a file, and has no `subfolder`='x'"),
+        ("someone/cats@v1", {"revision": "v2"}, "names another revision than `revision`='v2'"),
+    ],
+)
+def test_options_that_would_be_left_aside_are_refused(folder, monkeypatch, source, options, message):
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(ModelError, match=message):
+        find_files(source, **options)
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_revision_may_be_an_option():
+    assert find_files("someone/cats", revision=REVISION).config["model_type"] == "clip_vision_model"
+
+
+def test_a_model_may_be_in_a_subfolder(folder, tower):
+    files = find_files(str(folder.parent), subfolder="cats")
+    assert same_state(dict(LazyState(files.weights, _all_names)), tower)
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, torch.float32), (None, torch.float16)])

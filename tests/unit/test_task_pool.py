@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import TASKS
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 from PIL import Image
 from runs import random_tower
 from torch import nn
@@ -25,7 +27,11 @@ from fusion_merge.errors import ConfigError, DataError, ModelError
 from fusion_merge.methods.moe_base import MoEMethod
 from fusion_merge.models.task_models import TaskModels
 from fusion_merge.pools import heads
+from fusion_merge.pools.loaders import Placement
+from fusion_merge.pools.reading import Purpose
 from fusion_merge.pools.task_pool import RESERVED, model_info
+from fusion_merge.registry import object_from_config
+from fusion_merge.schema import register_schema
 
 
 class Counting(nn.Module):
@@ -133,7 +139,48 @@ def test_scoring_leaves_the_model_s_tensors_alone(taskpool, modelpool):
     assert all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "classnames",
+    [list(TASKS["cats"]), sorted(TASKS["cats"]), {"tabby": "tabby", "siamese": "siamese"}],
+    ids=["as listed", "sorted", "mapping"],
+)
+def test_order_of_the_dataset_s_own_class_names_changes_no_score(pool_dir, modelpool, classnames):
+    spec = {"data": str(pool_dir / "images" / "cats"), "classnames": classnames, "templates": ["a photo of a {}."]}
+    pool = CLIPVisionModelTaskPool({"cats": spec}, clip_model=str(pool_dir / "pretrained"))
+    accuracy, loss = scores_by_hand(pool_dir, "cats", ["a photo of a {}."])
+    scores = pool.evaluate(modelpool.load_pretrained_model())["cats"]
+    assert scores == {"accuracy": pytest.approx(accuracy), "loss": pytest.approx(loss, rel=1e-4)}
+
+
+def test_mixed_precision_is_for_the_tower_alone(pool_dir, modelpool):
+    pool, seen = one_task(pool_dir), []
+    pool.head("dogs").register_forward_pre_hook(
+        lambda _, inputs: seen.append((inputs[0].dtype, torch.is_autocast_enabled("cpu")))
+    )
+    tower = modelpool.load_pretrained_model()
+    tower.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    placement = Placement(autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    pool.evaluate(tower, placement=placement)
+    assert seen == [True, (torch.float32, False)]
+
+
+def test_unlabelled_images_are_refused_when_they_are_checked_or_scored(pool_dir, modelpool):
+    flat = {"data": str(pool_dir / "images" / "dogs" / "husky"), "classnames": list(TASKS["dogs"])}
+    with pytest.raises(DataError, match="`dogs` has no label column"):
+        one_task(pool_dir, flat).check()
+    pool = one_task(pool_dir, flat, purpose=Purpose.ADAPTATION)
+    pool.check()
+    with pytest.raises(DataError, match="task `dogs` has no labels to score on"):
+        pool.evaluate(modelpool.load_pretrained_model())
+
+
 # Options
+
+
+def test_split_of_the_pool_that_is_not_there_is_refused(pool_dir, tmp_path):
+    (tmp_path / "test").symlink_to(pool_dir / "images" / "dogs")
+    with pytest.raises(DataError, match=r"`dogs` has the splits test, but `split`='validatoin'"):
+        one_task(pool_dir, str(tmp_path), split="validatoin").check()
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 7}, {"dataloader_kwargs": {"batch_size": 7}}])
@@ -154,6 +201,84 @@ def test_options_under_fusion_bench_s_names_give_the_same_report(pool_dir, taskp
     other = CLIPVisionModelTaskPool(test_datasets=tasks, base_model=str(pool_dir / "pretrained"))
     tower = modelpool.load_pretrained_model()
     assert other.evaluate(tower) == taskpool.evaluate(tower)
+
+
+@pytest.mark.parametrize("as_path", [str, Path, lambda path: {"path": str(path)}], ids=["str", "Path", "mapping"])
+def test_template_of_fusion_bench_gives_the_same_report(pool_dir, taskpool, modelpool, as_path):
+    base = str(pool_dir / "pretrained")
+    other = CLIPVisionModelTaskPool(
+        test_datasets={task: str(pool_dir / "images" / task) for task in TASKS},
+        base_model=as_path(base),
+        clip_model={"_target_": "transformers.CLIPModel.from_pretrained", "pretrained_model_name_or_path": base},
+        processor={"_target_": "transformers.CLIPProcessor.from_pretrained", "pretrained_model_name_or_path": base},
+        dataloader_kwargs={"batch_size": 32, "num_workers": 0, "pin_memory": True, "drop_last": False},
+    )
+    other.check()
+    assert (other.batch_size, other.num_workers) == (32, 0)
+    tower = modelpool.load_pretrained_model()
+    assert other.evaluate(tower) == {
+        key: pytest.approx(value, rel=1e-5) for key, value in taskpool.evaluate(tower).items()
+    }
+
+
+def test_preset_takes_options_under_fusion_bench_s_names(pool_dir):
+    base = str(pool_dir / "pretrained")
+    register_schema()
+    target = f"from_pretrained,pretrained_model_name_or_path:{base}}}"
+    with initialize_config_module("fusion_merge.config", version_base="1.3"):
+        config: Any = compose(
+            "config",
+            overrides=[
+                "modelpool=clip_vision",
+                f"modelpool.models={{_pretrained_: {base}}}",
+                f"modelpool.processor={{_target_:transformers.CLIPProcessor.{target}",
+                "modelpool.platform=huggingface",
+                f"+taskpool.tasks.dogs={pool_dir / 'images' / 'dogs'}",
+                f"taskpool.clip_model={{_target_:transformers.CLIPModel.{target}",
+                f"taskpool.processor={{_target_:transformers.CLIPProcessor.{target}",
+                f"taskpool.base_model={base}",
+                "++taskpool.dataloader_kwargs.batch_size=32",
+                "++taskpool.dataloader_kwargs.shuffle=false",
+            ],
+        )
+        plain: Any = OmegaConf.to_container(config, resolve=True)
+    pool = object_from_config(plain["taskpool"], "taskpool")
+    object_from_config(plain["modelpool"], "modelpool").lend_pretrained(pool)
+    pool.check()
+    assert (pool.batch_size, pool.num_workers) == (32, 8)
+
+
+def test_config_may_make_the_clip_model(pool_dir, monkeypatch):
+    monkeypatch.setattr("runs.whole_clip", CLIPModel.from_pretrained, raising=False)
+    config = {"_target_": "runs.whole_clip", "pretrained_model_name_or_path": str(pool_dir / "pretrained")}
+    tasks = {"dogs": str(pool_dir / "images" / "dogs")}
+    pool = CLIPVisionModelTaskPool(tasks, clip_model=config, processor=str(pool_dir / "pretrained"))
+    pool.check()
+    torch.testing.assert_close(pool.head("dogs").embeddings, one_task(pool_dir).head("dogs").embeddings)
+
+
+@pytest.mark.parametrize("option", ["clip_model", "processor"])
+def test_misspelt_key_of_a_config_is_refused_with_the_nearest(pool_dir, option):
+    with pytest.raises(ConfigError, match=f"`revison` is not an option of `{option}`; did you mean `revision`"):
+        CLIPVisionModelTaskPool({"dogs": "images"}, **{option: {"path": "a/b", "revison": "x"}})
+
+
+def test_clip_model_and_base_model_must_agree(pool_dir):
+    with pytest.raises(ConfigError, match=r"`clip_model`='a/b' and `base_model`='a/c'.*give one"):
+        CLIPVisionModelTaskPool({"dogs": "images"}, clip_model="a/b", base_model="a/c")
+
+
+def test_task_under_both_names_is_refused():
+    with pytest.raises(ConfigError, match="task `dogs` is in both `tasks` and `test_datasets`"):
+        CLIPVisionModelTaskPool({"dogs": "a"}, test_datasets={"cats": "b", "dogs": "a"})
+
+
+@pytest.mark.parametrize("option", ["tasks", "test_datasets", "dataloader_kwargs"])
+@pytest.mark.parametrize("value", ["images/dogs", ["images/dogs"]])
+def test_what_is_no_table_is_refused_with_an_example(option, value):
+    options = {"tasks": {"dogs": "images"}} | {option: value}
+    with pytest.raises(ConfigError, match=rf"`{option}`=.*images/dogs.*write `{option}=\{{"):
+        CLIPVisionModelTaskPool(**options)
 
 
 def test_objects_give_the_same_report_as_paths(pool_dir, taskpool, modelpool):
@@ -249,6 +374,37 @@ def test_images_are_preprocessed_once(pool_dir, modelpool, monkeypatch):
 def test_pool_that_knows_no_clip_model_is_refused(pool_dir):
     with pytest.raises(ModelError, match="`clip_model`"):
         CLIPVisionModelTaskPool({"dogs": str(pool_dir / "images" / "dogs")}).head("dogs")
+
+
+@pytest.mark.parametrize("lent", [None, random_tower(0)], ids=["nothing", "a tower"])
+def test_pool_that_knows_no_clip_model_is_refused_when_it_is_checked(pool_dir, lent):
+    pool = CLIPVisionModelTaskPool(
+        {"dogs": str(pool_dir / "images" / "dogs")}, clip_model=lent, processor=str(pool_dir / "pretrained")
+    )
+    with pytest.raises(ModelError, match=r"knows no CLIP model.*`clip_model`"):
+        pool.check()
+
+
+def test_pretrained_module_without_text_makes_no_heads(pool_dir, taskpool):
+    pool = CLIPVisionModelTaskPool({"dogs": str(pool_dir / "images" / "dogs")}, processor=str(pool_dir / "pretrained"))
+    CLIPVisionModelPool({"_pretrained_": random_tower(0)}).lend_pretrained(pool)
+    with pytest.raises(ModelError, match="knows no CLIP model"):
+        pool.check()
+
+
+def test_weight_file_of_a_whole_model_makes_the_heads_of_its_folder(pool_dir):
+    file = str(pool_dir / "pretrained" / "model.safetensors")
+    pool = CLIPVisionModelTaskPool({"dogs": str(pool_dir / "images" / "dogs")}, clip_model=file)
+    pool.check()
+    torch.testing.assert_close(pool.head("dogs").embeddings, one_task(pool_dir).head("dogs").embeddings)
+
+
+def test_weight_file_of_another_name_is_refused(pool_dir, tmp_path):
+    for file in (pool_dir / "pretrained").iterdir():
+        (tmp_path / file.name.replace("model.", "other.")).symlink_to(file)
+    pool = CLIPVisionModelTaskPool({"dogs": "images"}, clip_model=str(tmp_path / "other.safetensors"))
+    with pytest.raises(ModelError, match="is one file; give the folder"):
+        pool.check()
 
 
 def test_clip_model_without_a_text_tower_is_refused(pool_dir):

@@ -1,0 +1,75 @@
+"""Which class name stands for which label: by name where that is possible, by position elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fusion_merge.errors import DataError, nearest
+
+
+def make_classnames(name: str, given: Any, own: Sequence[str] | None) -> tuple[str, ...]:
+    """Return one class name a label, in the order of the labels.
+
+    Args:
+        name: what the task is called, for errors.
+        given: nothing, for the dataset's own names; a mapping from each of them to a prompt; or a list. A list of the
+            dataset's own names is matched by name, whatever its order, capitals and underscores; any other list is
+            in the order of the dataset's labels.
+        own: the dataset's own label names in the order of its labels, if it has any.
+
+    Raises:
+        DataError: if there are no names, or it is not clear which label one stands for.
+    """
+    if isinstance(given, Mapping) and given:
+        return _by_label_name(name, given, own)
+    if given and (isinstance(given, str) or not isinstance(given, Sequence)):
+        raise DataError(f"`classnames`={given!r} of `{name}` is not a list; write [{given}]")
+    texts = tuple(map(str, given or ()))
+    if own is None:
+        if texts:
+            return texts
+        raise DataError(f"the dataset of `{name}` does not name its classes; give them with `classnames`")
+    return _by_place(name, texts, own) if texts else tuple(own)
+
+
+def _by_label_name(name: str, given: Mapping[Any, Any], own: Sequence[str] | None) -> tuple[str, ...]:
+    if own is None:
+        raise DataError(
+            f"`classnames` of `{name}` is a mapping, but its dataset does not name its labels; "
+            "give a list in the order of the labels"
+        )
+    prompts = {str(key): value for key, value in given.items()}
+    for key, value in prompts.items():
+        if key not in own:
+            raise DataError(f"`classnames` of `{name}` has `{key}`, not a label of the dataset; {nearest(key, own)}")
+        if not isinstance(value, str | int | float):
+            raise DataError(f"`classnames` of `{name}` has {value!r} for `{key}`, not a text")
+    missing = [label for label in own if label not in prompts]
+    if missing:
+        raise DataError(
+            f"`classnames` of `{name}` has nothing for the dataset's label `{missing[0]}`; "
+            f"add `{missing[0]}: {missing[0]}`"
+        )
+    return tuple(str(prompts[label]) for label in own)
+
+
+def _by_place(name: str, texts: tuple[str, ...], own: Sequence[str]) -> tuple[str, ...]:
+    labels = {_plain(label): index for index, label in enumerate(own)}
+    places = [labels.get(_plain(text)) for text in texts]
+    if len(labels) == len(own) == len(texts) and set(places) == set(labels.values()):
+        by_label = dict(zip(places, texts, strict=True))
+        return tuple(by_label[index] for index in range(len(own)))
+    for index, (text, place) in enumerate(zip(texts, places, strict=True)):
+        if place is not None and place != index:
+            raise DataError(
+                f"`classnames` of `{name}` has {text!r} at place {index}, but the dataset's label {index} is "
+                f"{own[index] if index < len(own) else 'not there'!r} and `{own[place]}` is its label {place}; give "
+                f"names in the order {', '.join(own)}, or a mapping {{{own[0]}: NAME, …}}"
+            )
+    return texts
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[\s_-]+", " ", text).strip().casefold()
