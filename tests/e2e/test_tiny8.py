@@ -1,4 +1,4 @@
-"""The embedded pool: it is there, its tasks are sound, and the routed methods run. Scores are tested in test_scores.py."""
+"""The embedded pool: it is there, its tasks are sound, and the routed methods run; its scores are in test_scores.py."""
 
 from __future__ import annotations
 
