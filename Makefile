@@ -1,5 +1,6 @@
 # make run    merge the embedded pool of eight models, adapt, score, report
-# make test   run all tests
+# make test   run all tests, JOBS of them at a time
+# make test-transformers4   run those that depend on transformers' version with transformers 4.57, in .venv-transformers4
 # make lint   style and types
 # make clean  remove the environment and the caches; what runs wrote to outputs/ is yours and stays
 # Each makes .venv where it is missing and installs what it needs, in the tested versions of constraints.txt.
@@ -8,14 +9,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+JOBS ?= 2
+TRANSFORMERS4 := .venv-transformers4
+VERSIONED := tests/contract tests/parity tests/unit/test_clip.py tests/unit/test_merged.py tests/unit/test_model_pool.py \
+	tests/unit/test_sources.py tests/unit/test_task_pool.py
 
-.PHONY: run test lint clean
+.PHONY: run test test-transformers4 lint clean
 
 run: $(VENV)/.installed-run
 	$(BIN)/fusion_merge $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS)
+
+test-transformers4: $(TRANSFORMERS4)/.installed
+	$(TRANSFORMERS4)/bin/python -m pytest -n $(JOBS) --dist loadscope $(VERSIONED)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -23,7 +31,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(TRANSFORMERS4) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v[:2] < (3, 14) or sys.exit(f"fusion_merge needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12 …")'
@@ -35,4 +43,9 @@ $(VENV)/.installed-run: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(TRANSFORMERS4)/.installed: pyproject.toml constraints-transformers4.txt
+	$(PYTHON) -m venv $(TRANSFORMERS4)
+	$(TRANSFORMERS4)/bin/python -m pip install --disable-pip-version-check -q -c constraints-transformers4.txt -e '.[test]'
 	touch $@

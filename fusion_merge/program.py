@@ -118,6 +118,7 @@ class FusionProgram:
         with self._phase("baselines"):
             report["baselines"] = self._baselines(fabric)
         report["run"] = self._describe_run()
+        self._describe_model(model, report, fabric)
         if fabric.is_global_zero:
             self._write(report, model, fabric)
             self.method.on_run_end()
@@ -155,6 +156,13 @@ class FusionProgram:
         elif isinstance(model, nn.Module):
             save_tower(model, Path(folder).expanduser())
         log.info("merged model saved to %s", folder)
+
+    def _describe_model(self, model: nn.Module | TaskModels, report: Report, fabric: Fabric) -> None:
+        """Say in the saved model's card what it scores; it was saved before, so that no failure here loses it."""
+        folder = self.config.get("merged_model_save_path")
+        if folder and fabric.is_global_zero and isinstance(model, MergedCLIPVisionModel):
+            tasks = [t for t in getattr(self.taskpool, "task_names", []) if t in report]
+            model.add_scores(folder, {t: report[t]["accuracy"] for t in tasks}, report["run"]["command"])
 
     def _evaluate(self, model: nn.Module | TaskModels, fabric: Fabric) -> Report:
         if not isinstance(self.taskpool, CLIPVisionModelTaskPool):

@@ -10,11 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from fusion_merge.errors import CheckpointError
+from fusion_merge.models.merged import MergedCLIPVisionModel
 from fusion_merge.moe import moe_layers
-from fusion_merge.sealed import read_about, read_sealed, write_sealed
+from fusion_merge.sealed import checksum, read_about, read_sealed, write_sealed
 
 FORMAT = 1
 _WHAT = "router checkpoint"
+_MEASURED = "task_coefficients"
 
 
 def router_state(model: nn.Module) -> dict[str, Tensor]:
@@ -51,7 +53,9 @@ def check_routers(path: Path | str, belongs_to: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: if the file cannot be read or does not fit; the message says what differs.
     """
-    check_belongs(path, _WHAT, read_about(path, _WHAT), {"version": FORMAT, **belongs_to})
+    about = read_about(path, _WHAT)
+    about.pop(_MEASURED, None)
+    check_belongs(path, _WHAT, about, {"version": FORMAT, **belongs_to})
 
 
 def load_routers(path: Path | str, model: nn.Module, belongs_to: Mapping[str, Any]) -> None:
@@ -66,6 +70,8 @@ def load_routers(path: Path | str, model: nn.Module, belongs_to: Mapping[str, An
         CheckpointError: if the file cannot be read or does not fit; the message says what differs.
     """
     tensors, about = read_sealed(path, _WHAT)
+    tensors.pop(_MEASURED, None)
+    about.pop(_MEASURED, None)
     check_belongs(path, _WHAT, about, {"version": FORMAT, **belongs_to})
     own = router_state(model)
     there, here = ({n: list(t.shape) for n, t in state.items()} for state in (tensors, own))
@@ -73,6 +79,39 @@ def load_routers(path: Path | str, model: nn.Module, belongs_to: Mapping[str, An
         raise CheckpointError(f"{_WHAT} `{path}` does not fit: shape of " + "; ".join(differences[:3]))
     for name, parameter in own.items():
         parameter.data.copy_(tensors[name])
+
+
+def add_coefficients(path: Path | str, model: MergedCLIPVisionModel) -> None:
+    """Add the mean merging coefficients of each task to a router checkpoint.
+
+    Args:
+        path: what `save_routers` wrote.
+        model: the model whose routers they are, in their final form.
+
+    Raises:
+        FusionMergeError: if the file cannot be read or written.
+    """
+    tensors, about = read_sealed(path, _WHAT)
+    tensors[_MEASURED] = model.task_coefficients
+    about[_MEASURED] = {"tasks": model.config.measured_tasks, "routers": checksum(router_state(model))}
+    write_sealed(path, tensors, about)
+
+
+def load_coefficients(path: Path | str, model: MergedCLIPVisionModel) -> None:
+    """Read the mean merging coefficients of each task into a model, if the file has those of its very routers.
+
+    Args:
+        path: what `save_routers` wrote.
+        model: a model with the routers of that file, in their final form; changed.
+
+    Raises:
+        CheckpointError: if the file cannot be read.
+    """
+    tensors, about = read_sealed(path, _WHAT)
+    measured = about.get(_MEASURED, {})
+    if measured.get("routers") == checksum(router_state(model)):
+        model.task_coefficients.copy_(tensors[_MEASURED])
+        model.config.measured_tasks = list(measured["tasks"])
 
 
 def check_belongs(path: Path | str, what: str, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

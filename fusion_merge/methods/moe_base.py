@@ -13,9 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from fusion_merge.adaptation.checkpoint import check_routers, load_routers, save_routers
+from fusion_merge.adaptation.checkpoint import (
+    add_coefficients,
+    check_routers,
+    load_coefficients,
+    load_routers,
+    save_routers,
+)
 from fusion_merge.adaptation.loop import OPTIMIZERS, AdaptationRecord, TaskStream, adapt
 from fusion_merge.adaptation.objectives import OBJECTIVES, make_objective
 from fusion_merge.adaptation.progress import Progress
@@ -25,13 +33,13 @@ from fusion_merge.files import check_writable
 from fusion_merge.methods.base import Method
 from fusion_merge.models.clip import build_tower, vision_backbone
 from fusion_merge.models.merged import MergedCLIPVisionModel
-from fusion_merge.moe import Experts, Routing, find_mlps, make_router, set_routing, upcycle_mlps
-from fusion_merge.moe.experts import TaskVector
+from fusion_merge.moe import Experts, Routing, find_mlps, make_router, route_mlps, set_routing, upcycle_mlps
+from fusion_merge.moe.experts import TaskVector, empty_experts
 from fusion_merge.moe.layer import router_parameters
 from fusion_merge.moe.selection import Selection
 from fusion_merge.moe.upcycle import MakeRouter
 from fusion_merge.options import option
-from fusion_merge.pools.loaders import Placement, adaptation_loader, fitting_workers
+from fusion_merge.pools.loaders import Placement, adaptation_loader, evaluation_loader, fitting_workers
 from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 from fusion_merge.task_vectors import task_arithmetic
@@ -40,6 +48,8 @@ if TYPE_CHECKING:
     from fusion_merge.adaptation.runtime import Fabric
 
 log = logging.getLogger(__name__)
+
+_MEASURED = 64  # images of each task by which its mean coefficients are measured
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -99,6 +109,16 @@ class MoEMethod(Method):
             device: where to do what is costly.
         """
 
+    @abstractmethod
+    def experts_spec(self, num_tasks: int, in_features: int, out_features: int) -> dict[str, Any]:
+        """Return the `Experts.spec` of what `make_experts` makes of such a layer, without any weight.
+
+        Args:
+            num_tasks: N.
+            in_features: I.
+            out_features: O.
+        """
+
     def router_maker(self, generator: torch.Generator) -> MakeRouter:
         """Return what makes the routers of a model, layer after layer; by default each layer has its own.
 
@@ -122,8 +142,20 @@ class MoEMethod(Method):
             model: the model, changed in place.
         """
 
+    def check_shapes(self, config: CLIPVisionConfig, num_tasks: int) -> None:
+        """Refuse a tower, or a number of tasks, that the options do not fit; by default none.
+
+        Args:
+            config: the tower's configuration.
+            num_tasks: N.
+
+        Raises:
+            ConfigError: if they do not fit.
+        """
+
     def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
         """See `Method.check`: also the images to adapt on, or the checkpoint to load instead."""
+        self.check_shapes(modelpool.config(), len(modelpool.model_names))
         super().check(modelpool, taskpool)
         if self.checkpoint:
             check_routers(str(self.checkpoint), self._belongs_to(modelpool))
@@ -157,15 +189,25 @@ class MoEMethod(Method):
         model = self.build(modelpool, fabric.device)
         fabric.to_device(model)
         self.record = None
+        pools: dict[str, CLIPVisionModelTaskPool] = {}
         if self.checkpoint:
             load_routers(str(self.checkpoint), model, self._belongs_to(modelpool))
         elif self.max_steps > 0:
-            self._adapt(model, modelpool, self._adaptation_pools(modelpool, taskpool), fabric)
-        if self.save_checkpoint and fabric.is_global_zero:
-            save_routers(str(self.save_checkpoint), model, self._belongs_to(modelpool))
-            log.info("routers saved to %s", self.save_checkpoint)
+            pools = self._adaptation_pools(modelpool, taskpool)
+            self._adapt(model, modelpool, pools, fabric)
+        keep = str(self.save_checkpoint) if self.save_checkpoint and fabric.is_global_zero else None
+        if keep is not None:
+            save_routers(keep, model, self._belongs_to(modelpool))
+            log.info("routers saved to %s", keep)
         self.after_adaptation(model)
         set_routing(model, Routing.BATCH if self.inference_batch_reduce else Routing.SAMPLE)
+        if self.checkpoint:
+            load_coefficients(str(self.checkpoint), model)
+        for name, pool in pools.items():
+            images = evaluation_loader(pool.images(name), _MEASURED, workers=0, placement=Placement(), limit=_MEASURED)
+            model.measure(name, (pixels for pixels, _ in images))
+        if keep is not None:
+            add_coefficients(keep, model)
         return model
 
     def build(self, modelpool: CLIPVisionModelPool, device: torch.device | None = None) -> MergedCLIPVisionModel:
@@ -201,7 +243,44 @@ class MoEMethod(Method):
             method=self.method_name,
             method_options=self.options(),
             base_model=modelpool.base_model,
+            models={name: modelpool.describe(name) for name in modelpool.model_names},
         )
+
+    def skeleton(self, config: CLIPVisionConfig, num_tasks: int) -> MergedCLIPVisionModel:
+        """Return the routed model that `build` would give, on the meta device: its shapes, without memory for values.
+
+        A sparse bank may really be a little smaller; see `num_survivors`.
+
+        Args:
+            config: the tower's configuration.
+            num_tasks: N, at least 1; the tasks are called by their numbers.
+
+        Raises:
+            ConfigError: if the options do not fit that tower or number of tasks.
+        """
+        if num_tasks < 1:
+            raise ConfigError(f"`num_tasks`={num_tasks} is below 1; experts are made of at least one task's model")
+        self.check_shapes(config, num_tasks)
+
+        def make_bank(_path: str, linear: nn.Linear) -> Experts:
+            spec = self.experts_spec(num_tasks, linear.in_features, linear.out_features)
+            return empty_experts(spec, linear.in_features, linear.out_features)
+
+        with torch.device("meta"):
+            tower = route_mlps(
+                vision_backbone(CLIPVisionModel(config)),
+                make_bank=make_bank,
+                make_router=self.router_maker(torch.Generator("cpu")),
+                routing=Routing.BATCH if self.batch_reduce else Routing.SAMPLE,
+                selection=self.make_selection(),
+            )
+            return MergedCLIPVisionModel.from_tower(
+                tower,
+                tasks=[str(n) for n in range(num_tasks)],
+                method=self.method_name,
+                method_options=self.options(),
+                base_model="",
+            )
 
     def _adaptation_pools(
         self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None

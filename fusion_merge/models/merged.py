@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,54 +11,21 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, CLIPVisionModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedModel
 
-from fusion_merge.errors import CheckpointError, ConfigError, FusionMergeError
-from fusion_merge.models.clip import empty_tower, module_config, vision_backbone, vision_config
+from fusion_merge.errors import CheckpointError, ConfigError, FusionMergeError, ModelError, nearest
+from fusion_merge.files import write_text
+from fusion_merge.models.card import model_card
+from fusion_merge.models.clip import build_tower, empty_tower, module_config, vision_backbone, vision_config
+from fusion_merge.models.merged_config import MergedCLIPVisionConfig as MergedCLIPVisionConfig
 from fusion_merge.models.sources import LazyState, find_files
-from fusion_merge.moe.layer import empty_moe_mlp, moe_layers, router_parameters
+from fusion_merge.moe.layer import MoELinear, empty_moe_mlp, moe_layers, record_coefficients, router_parameters
 from fusion_merge.moe.router import LayerEncodedRouter, Router
 from fusion_merge.moe.upcycle import find_mlps
+from fusion_merge.sealed import checksum
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 _PASSED_ALONG = ("adapter_kwargs", "trust_remote_code", "safe_serialization", "save_peft_format")
-
-
-class MergedCLIPVisionConfig(PretrainedConfig):
-    """What a merged model is made of.
-
-    Args:
-        vision_config: the configuration of the CLIP vision tower, as plain values.
-        moe: for each routed MLP, by name, what `MoEMLP.spec` returned.
-        shared_router: whether all routed MLPs share one router.
-        tasks: the tasks that were merged, in the order of their experts.
-        method: the name of the method.
-        method_options: its options, as plain values.
-        base_model: where the pretrained model came from.
-        **kwargs: whatever else a configuration may carry.
-    """
-
-    model_type = "fusion_merge_clip_vision"
-
-    def __init__(
-        self,
-        vision_config: dict[str, Any] | None = None,
-        moe: dict[str, dict[str, Any]] | None = None,
-        shared_router: bool = False,
-        tasks: list[str] | None = None,
-        method: str = "",
-        method_options: dict[str, Any] | None = None,
-        base_model: str = "",
-        **kwargs: Any,
-    ) -> None:
-        self.vision_config = dict(vision_config or {"model_type": "clip_vision_model"})
-        self.moe = dict(moe or {})
-        self.shared_router = shared_router
-        self.tasks = list(tasks or [])
-        self.method = method
-        self.method_options = dict(method_options or {})
-        self.base_model = base_model
-        super().__init__(**kwargs)
 
 
 class MergedCLIPVisionModel(PreTrainedModel):
@@ -76,6 +44,7 @@ class MergedCLIPVisionModel(PreTrainedModel):
     base_model_prefix = "merged"
     main_input_name = "pixel_values"
     _supports_sdpa = True
+    task_coefficients: Tensor
     _no_split_modules = ["CLIPEncoderLayer"]  # noqa: RUF012 (as transformers declares it)
 
     def __init__(self, config: MergedCLIPVisionConfig, vision_model: nn.Module | None = None) -> None:
@@ -84,6 +53,9 @@ class MergedCLIPVisionModel(PreTrainedModel):
             vision_model = CLIPVisionModel(vision_config(config.vision_config, where="the merged model"))
             _install_empty_layers(vision_model, config)
         self.vision_model = vision_backbone(vision_model).requires_grad_(False)
+        layers = moe_layers(self.vision_model) if config.moe else {}
+        width = max((layer.num_coefficients for layer in layers.values()), default=0)
+        self.register_buffer("task_coefficients", torch.zeros(len(config.tasks), len(layers), width))
         if config.moe:
             for parameter in router_parameters(self.vision_model):
                 parameter.requires_grad_(True)
@@ -101,6 +73,7 @@ class MergedCLIPVisionModel(PreTrainedModel):
         method: str,
         method_options: dict[str, Any],
         base_model: str,
+        models: dict[str, str] | None = None,
     ) -> MergedCLIPVisionModel:
         """Wrap an upcycled tower.
 
@@ -110,6 +83,7 @@ class MergedCLIPVisionModel(PreTrainedModel):
             method: the name of the method.
             method_options: its options, as plain values.
             base_model: where the pretrained model came from.
+            models: where each task's fine-tuned model came from.
         """
         layers = moe_layers(vision_backbone(tower))
         routers = {id(_inner(layer.router)) for layer in layers.values()}
@@ -121,6 +95,7 @@ class MergedCLIPVisionModel(PreTrainedModel):
             method=method,
             method_options=method_options,
             base_model=base_model,
+            models=models,
         )
         return cls(config, tower).eval()
 
@@ -135,6 +110,69 @@ class MergedCLIPVisionModel(PreTrainedModel):
             pixel_values (B, 3, height, width).
         """
         return self.vision_model(pixel_values=pixel_values, **kwargs)
+
+    @torch.no_grad()
+    def measure(self, task: str, batches: Iterable[Tensor]) -> Tensor:
+        """Measure and keep the mean merging coefficients of a task's images, as they are routed now.
+
+        Args:
+            task: one of the merged tasks.
+            batches: images of that task.
+
+        Shape:
+            each batch (B, 3, height, width) → (L, K).
+
+        Raises:
+            ModelError: if the task was not merged, or if there is no image.
+        """
+        index = self._index(task)
+        with record_coefficients(self.vision_model) as record:
+            for pixels in batches:
+                self.forward(pixels.to(self.device, self.dtype))
+        if not all(record.values()):
+            raise ModelError(f"there is no image of `{task}` to measure by; give at least one batch")
+        means = torch.stack([torch.cat(values).mean(dim=0) for values in record.values()])  # (L, K)
+        self.task_coefficients[index] = means.to(self.task_coefficients)
+        if task not in self.config.measured_tasks:
+            self.config.measured_tasks.append(task)
+        return means
+
+    @torch.no_grad()
+    def task_model(self, task: str) -> CLIPVisionModel:
+        r"""Return a plain CLIP tower for one task: the merge at that task's mean coefficients.
+
+        .. math:: W = W_0 + \Delta(\bar g_n), \qquad \bar g_n = \operatorname{mean}_x g(x)
+
+        Args:
+            task: one of the merged tasks, measured after adaptation or by `measure`.
+
+        Raises:
+            ModelError: if the task was not merged, or not measured.
+        """
+        index = self._index(task)
+        if task not in self.config.measured_tasks:
+            raise ModelError(f"the mean coefficients of `{task}` are not known; call `measure({task!r}, batches)`")
+        layers = moe_layers(self.vision_model)
+        state = {
+            name: tensor
+            for name, tensor in self.vision_model.state_dict().items()
+            if not name.startswith(tuple(f"{layer}." for layer in layers))
+        }
+        for position, (name, layer) in enumerate(layers.items()):
+            mean = self.task_coefficients[index, position, : layer.num_coefficients].unsqueeze(0)  # (1, K)
+            for part in ("fc1", "fc2"):
+                linear: MoELinear = getattr(layer, part)
+                delta = linear.experts.delta(mean.to(linear.base.weight.dtype))
+                state[f"{name}.{part}.weight"] = linear.base.weight + delta.weight[0]
+                state[f"{name}.{part}.bias"] = linear.base.bias + delta.bias[0]
+        config = vision_config(self.config.vision_config, where="the merged model")
+        tower = build_tower(config, {n: t.cpu() for n, t in state.items()}, where=f"the tower of `{task}`")
+        return tower.to(self.device, self.dtype).requires_grad_(False).eval()  # type: ignore[arg-type]
+
+    def _index(self, task: str) -> int:
+        if task not in self.config.tasks:
+            raise ModelError(f"`{task}` was not merged; {nearest(task, self.config.tasks)}")
+        return int(self.config.tasks.index(task))
 
     def own_state(self) -> dict[str, Tensor]:
         """Return every tensor of the model once: a shared router's under its first layer."""
@@ -168,7 +206,9 @@ class MergedCLIPVisionModel(PreTrainedModel):
                 state = {name: t.detach().to("cpu").contiguous() for name, t in self.own_state().items()}
                 save_torch_state_dict(state, temporary, max_shard_size=known.get("max_shard_size") or "5GB")
                 self.config.architectures = [type(self).__name__]
+                self.config.checksum = checksum(state)
                 self.config.save_pretrained(temporary)
+                (Path(temporary) / "README.md").write_text(self.card(), encoding="utf-8")
                 files = sorted(Path(temporary).iterdir(), key=lambda f: f.name == "config.json")  # the last one
                 (folder / "config.json").unlink(missing_ok=True)  # until all is in place, nothing here can be read
                 for file in files:
@@ -182,6 +222,39 @@ class MergedCLIPVisionModel(PreTrainedModel):
         if known.get("push_to_hub"):
             hub: Any = self
             hub.push_to_hub(known.get("repo_id") or folder.name)
+
+    def card(self) -> str:
+        """Return the model card in Markdown."""
+        config = self.config
+        return model_card(
+            method=config.method,
+            options=config.method_options,
+            base_model=config.base_model,
+            models=config.models,
+            scores=config.scores,
+            command=config.command,
+        )
+
+    def add_scores(self, folder: Path | str, scores: Mapping[str, float], command: str = "") -> None:
+        """Say in the configuration and the card of a saved model what it scores and what made it.
+
+        Args:
+            folder: where `save_pretrained` wrote this model.
+            scores: accuracies in 0-1 by task.
+            command: the command that made it.
+
+        Raises:
+            FusionMergeError: if the folder cannot be written.
+        """
+        self.config.scores, self.config.command = dict(scores), command
+        place = Path(folder).expanduser()
+        write_text(place / "config.json", self.config.to_json_string())
+        write_text(place / "README.md", self.card())
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        (Path(working_dir) / "README.md").write_text(self.card(), encoding="utf-8")  # transformers put a bare one there
+        hub: Any = super()
+        return hub._upload_modified_files(working_dir, *args, **kwargs)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -248,7 +321,10 @@ def _load_exactly(model: MergedCLIPVisionModel, state: LazyState, source: str) -
     for name, tensor in own.items():
         if state.shapes[name] != tuple(tensor.shape):
             raise CheckpointError(f"`{source}` has `{name}` of shape {state.shapes[name]}, not {tuple(tensor.shape)}")
-    model.load_state_dict(dict(state), strict=False, assign=True)
+    tensors = dict(state)
+    if model.config.checksum and checksum(tensors) != model.config.checksum:
+        raise CheckpointError(f"`{source}` is damaged: its weights are not those that were written; use another copy")
+    model.load_state_dict(tensors, strict=False, assign=True)
 
 
 def _install_empty_layers(tower: nn.Module, config: MergedCLIPVisionConfig) -> None:

@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import copied, same_state
+from huggingface_hub import HfApi, ModelCard, RepoUrl
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, CLIPVisionModel
+from transformers.utils import hub as transformers_hub
+from transformers.utils.hub import PushToHubMixin
 
 from fusion_merge import EWEMoEAlgorithm, MergedCLIPVisionModel, RankOneMoEAlgorithm, WEMoEAlgorithm
 from fusion_merge.errors import CheckpointError, ConfigError, FusionMergeError, ModelError
 from fusion_merge.models import merged as merged_module
-from fusion_merge.models.clip import save_tower
+from fusion_merge.models.clip import module_state, save_tower
 from fusion_merge.models.merged import MergedCLIPVisionConfig
-from fusion_merge.moe import Routing, moe_layers, set_routing
+from fusion_merge.moe import ConstantRouter, Routing, moe_layers, record_coefficients, set_routing
 
 METHODS = {
     "dense": WEMoEAlgorithm(),
@@ -211,7 +214,7 @@ def test_shards_are_read_back_and_replaced_by_a_single_file(saved):
     assert not (saved / "model.safetensors").exists()
     assert same_state(MergedCLIPVisionModel.from_pretrained(saved).own_state(), model.own_state())
     model.save_pretrained(saved)
-    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in saved.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("I/O error: No space left")], ids=repr)
@@ -226,7 +229,7 @@ def test_a_failed_save_leaves_the_old_model(saved, monkeypatch, error):
     with pytest.raises(FusionMergeError, match="No space left"):
         model.save_pretrained(saved)
     assert same_state(MergedCLIPVisionModel.from_pretrained(saved).own_state(), before)
-    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in saved.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(saved, tmp_path):
@@ -348,3 +351,131 @@ def test_a_static_tower_is_read_by_transformers_with_no_missing_key(modelpool, t
     assert not any(info.values())
     tolerance = 0 if dtype is None else 1e-2
     torch.testing.assert_close(_outputs(again), _outputs(tower), atol=tolerance, rtol=tolerance)
+
+
+# Exact on disk
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_model_comes_back_bit_for_bit_in_every_precision(modelpool, tmp_path, name, dtype):
+    model = _build(modelpool, name).to(dtype)
+    model.save_pretrained(tmp_path)
+    again = MergedCLIPVisionModel.from_pretrained(tmp_path)
+    assert same_state(again.state_dict(), model.state_dict())
+    pixels = torch.randn(3, 3, 16, 16, dtype=dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(again(pixels).pooler_output, model(pixels).pooler_output)
+    stored = load_file(tmp_path / "model.safetensors")
+    routers = {name.split(".router.")[0] for name in stored if ".router." in name}
+    assert len(routers) == (1 if model.config.shared_router else 2)  # a shared router is stored once
+
+
+def test_a_flipped_bit_is_noticed(saved):
+    file = saved / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged: its weights are not those that were written"):
+        MergedCLIPVisionModel.from_pretrained(saved)
+
+
+# One task's tower
+
+
+def test_a_task_model_is_a_plain_tower_that_computes_the_merge_at_mean_coefficients(modelpool, taskpool):
+    model = RankOneMoEAlgorithm(rank_k=4, max_steps=2, batch_size=4).run(modelpool)
+    pixels = torch.stack([pixels for pixels, _ in taskpool.images("cats")])
+    means = model.measure("cats", [pixels[:5], pixels[5:]])
+    tower = model.task_model("cats")
+    assert type(tower) is CLIPVisionModel
+    for layer, mean in zip(moe_layers(model.vision_model).values(), means, strict=True):
+        assert layer.num_coefficients == len(mean)
+        layer.router = ConstantRouter(len(mean))
+        layer.router.coefficients.data = mean
+    with torch.no_grad():
+        torch.testing.assert_close(tower(pixels).pooler_output, model(pixels).pooler_output, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [WEMoEAlgorithm, EWEMoEAlgorithm])
+def test_mean_coefficients_are_means_over_samples(modelpool, taskpool, method):
+    model = method(max_steps=2, batch_size=4).run(modelpool)
+    pixels = torch.stack([pixels for pixels, _ in taskpool.images("dogs")])
+    with torch.no_grad(), record_coefficients(model) as record:
+        for image in pixels:
+            model(image.unsqueeze(0))
+    expected = torch.stack([torch.cat(values).mean(dim=0) for values in record.values()])
+    torch.testing.assert_close(model.task_coefficients[model.config.tasks.index("dogs")], expected)
+
+
+def test_mean_coefficients_are_saved_with_the_model_and_its_routers(modelpool, tmp_path):
+    options = {"max_steps": 2, "batch_size": 4}
+    model = WEMoEAlgorithm(**options, save_checkpoint=str(tmp_path / "routers")).run(modelpool)
+    assert model.config.measured_tasks == ["cats", "dogs"]
+    model.save_pretrained(tmp_path / "merged")
+    for again in (
+        MergedCLIPVisionModel.from_pretrained(tmp_path / "merged"),
+        WEMoEAlgorithm(checkpoint=str(tmp_path / "routers")).run(modelpool),
+    ):
+        expected = module_state(model.task_model("dogs"))
+        assert same_state(module_state(again.task_model("dogs")), expected)
+
+
+def test_coefficients_of_pruned_routers_are_not_taken_for_those_of_whole_ones(modelpool, tmp_path):
+    options = {"max_steps": 2, "batch_size": 4, "save_checkpoint": str(tmp_path / "routers")}
+    EWEMoEAlgorithm(**options, post_sparse_gate=True, gate_prune_ratio=0.5).run(modelpool)
+    whole = EWEMoEAlgorithm(checkpoint=str(tmp_path / "routers")).run(modelpool)
+    assert whole.config.measured_tasks == []
+
+
+def test_a_task_model_needs_a_task_that_was_measured(modelpool):
+    model = WEMoEAlgorithm(max_steps=0).run(modelpool)
+    with pytest.raises(ModelError, match=r"coefficients of `cats` are not known; call `measure\('cats', batches\)`"):
+        model.task_model("cats")
+    with pytest.raises(ModelError, match="`cat` was not merged; did you mean `cats`"):
+        model.task_model("cat")
+    with pytest.raises(ModelError, match="no image of `cats`"):
+        model.measure("cats", [])
+
+
+# What a model says of itself
+
+
+def test_the_card_tells_what_the_model_is_made_of(modelpool, tmp_path):
+    model = WEMoEAlgorithm(max_steps=0).run(modelpool)
+    model.config.base_model, model.config.models = "openai/clip-vit-base-patch32", {"cats": "me/cats@v1", "dogs": "/d"}
+    model.save_pretrained(tmp_path)
+    model.add_scores(tmp_path, {"cats": 0.5, "dogs": 0.25}, "fusion_merge method=wemoe")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == ["openai/clip-vit-base-patch32", "me/cats"]
+    assert card.data.library_name == "fusion_merge"
+    assert {"model-merging", "wemoe"} <= set(card.data.tags)
+    assert [(r.dataset_name, r.metric_type, r.metric_value) for r in card.data.eval_results] == [
+        ("cats", "accuracy", 0.5),
+        ("dogs", "accuracy", 0.25),
+    ]
+    for told in ("fusion_merge method=wemoe", "| `init_lambda` ", "| dogs   | /d ", "| cats   | 50.0    |"):
+        assert told in card.text
+    again = MergedCLIPVisionModel.from_pretrained(tmp_path)
+    assert again.card() == model.card()
+    assert same_state(again.state_dict(), model.state_dict())
+
+
+def test_a_model_is_pushed_by_the_standard_mixin_with_its_own_card(modelpool, monkeypatch):
+    """The hub cannot be reached from a test: what would be uploaded is kept."""
+    uploaded = {}
+
+    def upload(self, working_dir, repo_id, *_args, **_kwargs):
+        uploaded.update({file.name: file.read_bytes() for file in Path(working_dir).iterdir()}, repo_id=repo_id)
+
+    monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
+    monkeypatch.setattr(HfApi, "create_repo", lambda _self, repo_id, **_: RepoUrl(f"https://huggingface.co/{repo_id}"))
+    monkeypatch.setattr(transformers_hub, "create_repo", HfApi().create_repo, raising=False)
+    monkeypatch.setattr(
+        transformers_hub, "create_and_tag_model_card", lambda *_a, **_k: ModelCard("---\n{}\n---\nbare")
+    )
+    model = WEMoEAlgorithm(max_steps=0).run(modelpool)
+    model.push_to_hub("me/merged")
+    assert uploaded["repo_id"] == "me/merged"
+    assert uploaded["README.md"].decode() == model.card()
+    assert {"config.json", "model.safetensors"} < uploaded.keys()
