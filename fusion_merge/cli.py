@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from datetime import datetime
 from functools import partial, reduce
 from operator import getitem
@@ -21,8 +23,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fusion_merge.errors import ConfigError, FusionMergeError, nearest
-from fusion_merge.schema import BASELINES, register_schema
+from fusion_merge.errors import ConfigError, FusionMergeError, nearest, reason
+from fusion_merge.options import LARGEST
+from fusion_merge.schema import BASELINES, FabricConfig, ProgramConfig, register_schema
 
 if TYPE_CHECKING:
     from fusion_merge.program import FusionProgram
@@ -54,12 +57,17 @@ _WRITTEN: dict[str, Literal["file", "folder"]] = {
 """What a run writes: in a sweep each job has its own, such as `merged/0` and `report-0.json` of the first."""
 
 
+_given: list[str] = []
+"""The arguments as the user gave them."""
+
+
 def main() -> None:
     """Run the command line; every error that can be foreseen is one clear message and exit code 1."""
     register_schema()
     tracebacks = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: the messages are ours
     with _messages(tracebacks):
+        _given[:] = sys.argv[1:]
         sys.argv[1:] = [_open(argument) for argument in sys.argv[1:]]
         hydra.main(config_path="pkg://fusion_merge.config", config_name="config", version_base="1.3")(
             partial(_job, tracebacks)
@@ -101,7 +109,15 @@ def _run(config: DictConfig) -> None:
 def _program(config: dict[str, Any], output_dir: Path) -> FusionProgram:
     from fusion_merge.program import FusionProgram  # imports torch
 
-    return FusionProgram(config, output_dir)
+    return FusionProgram(config, output_dir, _command())
+
+
+def _command() -> str:
+    """Return the command that makes this very run: of a sweep, that of the job alone."""
+    hydra_config = HydraConfig.get()
+    sweep = hydra_config.mode == RunMode.MULTIRUN
+    arguments = [a.lstrip("+") for a in hydra_config.overrides.task] if sweep else _given
+    return shlex.join(["fusion_merge", *arguments])
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -112,18 +128,49 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(config, resolve=True)
     if not isinstance(plain, dict):
         raise ConfigError("the configuration is not a table of keys")
+    _check_keys(plain, ProgramConfig, "")
     for part in ("method", "modelpool", "taskpool"):
         if not isinstance(plain[part], dict):
             raise ConfigError(f"`{part}`={plain[part]!r} is not a configuration; choose one with `{part}=NAME`")
     for baseline in plain["baselines"]:
         if baseline not in BASELINES:
             raise ConfigError(f"`baselines` has {baseline!r}; {nearest(str(baseline), BASELINES)}")
-    if plain["seed"] < 0:
-        raise ConfigError(f"`seed`={plain['seed']} is negative; choose 0 or more")
+    if not 0 <= plain["seed"] <= LARGEST:
+        raise ConfigError(f"`seed`={plain['seed']} is not possible; choose 0-{LARGEST}")
+    _check_places(plain)
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
         _keep_apart(plain, hydra_config.job.num)
     return {str(key): value for key, value in plain.items()}
+
+
+def _check_keys(config: dict[Any, Any], schema: type, path: str) -> None:
+    """Refuse keys that were added with `+` or deleted with `~`: nothing would look at the one, or find the other."""
+    known = [field.name for field in fields(schema)]
+    for key in config:
+        if key not in known:
+            raise ConfigError(f"`{path}{key}` is not an option; {nearest(str(key), known)}")
+    for key in known:
+        if key not in config:
+            raise ConfigError(f"`{path}{key}` was taken away; leave out `~{path}{key}`")
+    if not path:
+        _check_keys(config["fabric"], FabricConfig, "fabric.")
+
+
+def _check_places(config: dict[Any, Any]) -> None:
+    """Refuse places that no file or folder can have."""
+    for key in _WRITTEN:
+        *groups, name = key.split(".")
+        place = reduce(getitem, groups, config).get(name)
+        if not isinstance(place, str):
+            continue
+        try:
+            Path(place).expanduser().lstat()
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue  # whether it can be made is looked at where it is needed
+        except (OSError, RuntimeError, ValueError) as error:  # too long, the home of nobody, or a zero byte
+            shown = place if len(place) < 200 else f"{place[:200]}…"
+            raise ConfigError(f"`{key}`={shown!r} is not a possible path: {reason(error)[:100]}") from error
 
 
 def _keep_apart(config: dict[Any, Any], job: int) -> None:
@@ -155,6 +202,8 @@ def _output_dir(config: dict[str, Any]) -> Path:
 def _open(argument: str) -> str:
     """Let overrides add names to the tables that users fill."""
     key, equals, value = argument.partition("=")
+    if equals and not key:
+        raise ConfigError(f"`{argument}` has no key; write KEY=VALUE")
     if key in _GROUPS and equals and value in ("", "null"):
         raise ConfigError(f"`{key}`={value or None} names no preset; choose one with `{key}=NAME`")
     below = key.startswith(tuple(f"{table}." for table in _OPEN_TABLES))
@@ -192,6 +241,9 @@ def _explain_key(key: str) -> str:
         if not isinstance(node, DictConfig):
             break
         if part not in node:
+            owner = next((g for g in (*_GROUPS, "fabric") if not depth and part in (node.get(g) or {})), None)
+            if owner is not None:
+                return f"`{part}` is not an option; did you mean `{owner}.{part}`?"
             return f"`{'.'.join(parts[: depth + 1])}` is not an option; {nearest(part, map(str, node))}"
     return f"`{key}` cannot be set; see `--cfg job` for what can"
 

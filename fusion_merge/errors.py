@@ -30,6 +30,16 @@ class AdaptationError(FusionMergeError, RuntimeError):
     """Test-time adaptation cannot go on."""
 
 
+def reason(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind where it has none.
+
+    Args:
+        error: what somebody else's code raised.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a sentence that proposes the known names nearest to `name`.
 

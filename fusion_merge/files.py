@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
-from fusion_merge.errors import ConfigError, FusionMergeError
+from fusion_merge.errors import ConfigError, FusionMergeError, reason
 
 
 @contextmanager
@@ -53,9 +54,12 @@ def check_writable(path: Path | str, what: str, *, kind: Literal["file", "folder
     Raises:
         ConfigError: if what is there already is of the other kind, in the way, or not writable.
     """
-    target = Path(path).expanduser().absolute()
-    existing = next(p for p in (target, *target.parents) if p.exists())
-    wrong = f"`{what}`={str(path)!r} cannot be written:"
+    wrong = f"`{what}`={str(path)[:200]!r} cannot be written:"
+    try:
+        target = Path(path).expanduser().absolute()
+        existing = next(p for p in (target, *target.parents) if p.exists())
+    except (OSError, RuntimeError, ValueError) as error:  # too long, the home of nobody, or a zero byte
+        raise ConfigError(f"{wrong} {reason(error)[:100]}; name another place") from error
     if existing == target and kind == "file" and target.is_dir():
         raise ConfigError(f"{wrong} `{target}` is a folder; name a file, for example one in that folder")
     if not existing.is_dir() and (existing != target or kind == "folder"):
@@ -63,6 +67,19 @@ def check_writable(path: Path | str, what: str, *, kind: Literal["file", "folder
     folder = existing if existing.is_dir() else existing.parent  # where a new file takes the place of the old one
     if not (os.access(existing, os.W_OK) and os.access(folder, os.W_OK | os.X_OK)):
         raise ConfigError(f"{wrong} no permission for `{existing}`; name another place")
+
+
+def misspelt(path: Path | str) -> str | None:
+    """Return what a path that does not exist was meant to be, if something beside it has nearly its name.
+
+    Args:
+        path: a path, or what may be a hub id.
+    """
+    place = Path(path).expanduser()
+    if place.exists() or place.parent == Path() or not place.parent.is_dir():
+        return None
+    close = difflib.get_close_matches(place.name, sorted(p.name for p in place.parent.iterdir()), n=1)
+    return f"`{path}` does not exist; did you mean `{place.parent / close[0]}`?" if close else None
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -44,6 +44,10 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+LARGEST = 2**53
+"""The largest whole number that an option may be: what is beyond no seed, size or float can hold exactly."""
+
+
 def check_options(instance: Any) -> None:
     """Refuse a dataclass instance with a value of the wrong type or out of range.
 
@@ -60,6 +64,11 @@ def check_options(instance: Any) -> None:
             continue
         value = getattr(instance, field.name)
         kinds = _kinds(hints[field.name])
+        if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+            raise ConfigError(
+                f"`{field.name}` of {type(instance).__name__} is a number of {value.bit_length()} bits; "
+                f"it must be within ±{LARGEST}"
+            )
         if float in kinds and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
             setattr(instance, field.name, value)

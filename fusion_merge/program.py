@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,17 +43,19 @@ class FusionProgram:
     Args:
         config: the resolved configuration, as in `config/config.yaml`.
         output_dir: where reports, pictures and logs go; made when the first is written.
+        command: the command that started the run, for the report.
 
     Raises:
         FusionMergeError: if the configuration does not hold together; nothing was written then.
     """
 
-    def __init__(self, config: Mapping[str, Any], output_dir: Path) -> None:
+    def __init__(self, config: Mapping[str, Any], output_dir: Path, command: str = "") -> None:
+        self.command = command
         self.config = config
         self.output_dir = output_dir
-        self.method = _make(config, "method", Method)
-        self.modelpool = _make(config, "modelpool", CLIPVisionModelPool)
-        self.taskpool = _make(config, "taskpool", TaskPool)
+        self.method: Method = object_from_config(config["method"], "method", Method)
+        self.modelpool: CLIPVisionModelPool = object_from_config(config["modelpool"], "modelpool", CLIPVisionModelPool)
+        self.taskpool: TaskPool = object_from_config(config["taskpool"], "taskpool", TaskPool)
         self.seconds: dict[str, float] = {}
         if isinstance(self.taskpool, CLIPVisionModelTaskPool):
             self.modelpool.lend_pretrained(self.taskpool)
@@ -197,6 +197,7 @@ class FusionProgram:
         adaptation = record and {
             "steps": record.steps,
             "interrupted": record.interrupted,
+            "resumed_at": record.resumed_at,
             "collapsed": record.collapsed,
             "seconds": record.seconds,
         }
@@ -205,7 +206,7 @@ class FusionProgram:
             "options": self.method.options(),
             "models": {name: self.modelpool.describe(name) for name in self.modelpool.all_model_names},
             "seed": self.config["seed"],
-            "command": shlex.join(["fusion_merge", *sys.argv[1:]]),
+            "command": self.command,
             "adaptation": adaptation,
             "seconds": self.seconds,
             "versions": _versions(),
@@ -237,7 +238,9 @@ class FusionProgram:
             weights = routing_weights(model, self.taskpool, placement=placement_of(fabric))
             report["run"]["routing"] = {name: w.tolist() for name, w in weights.items()}
             if plot:
-                routing_picture(self.output_dir / "routing.png", weights, model.config.tasks)
+                steps = f" after {record.steps} steps" if record is not None else ""
+                title = f"{self.method.method_name}{steps}"
+                routing_picture(self.output_dir / "routing.png", weights, model.config.tasks, title=title)
                 pictures.append("routing.png")
         if plot and record is not None and record.steps > 1:
             loss_curve(self.output_dir / "loss.png", record.entropy)
@@ -249,13 +252,6 @@ class FusionProgram:
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
-
-
-def _make(config: Mapping[str, Any], part: str, kind: type) -> Any:
-    made = object_from_config(config[part], part)
-    if not isinstance(made, kind):
-        raise ConfigError(f"`{part}` is a {type(made).__name__}, not a {kind.__name__}")
-    return made
 
 
 def _title(name: str) -> str:

@@ -82,15 +82,16 @@ def names_of(cls: type[Method]) -> list[str]:
     return [name for name in [*_methods, *_aliases] if _methods[_aliases.get(name, name)] is cls]
 
 
-def object_from_config(config: Mapping[str, Any], what: str) -> Any:
+def object_from_config(config: Mapping[str, Any], what: str, kind: type = object) -> Any:
     """Make the object that a config describes: `_target_` called with the other keys.
 
     Args:
         config: plain values, `_target_` among them.
         what: which part of the configuration it is, for errors.
+        kind: what the class must be; nothing else is called.
 
     Raises:
-        ConfigError: if the target or a key is unknown.
+        ConfigError: if the target is no such class, or a key is unknown.
     """
     target = config.get("_target_")
     if not isinstance(target, str):
@@ -98,12 +99,17 @@ def object_from_config(config: Mapping[str, Any], what: str) -> Any:
     module_name, _, class_name = target.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # a module may fail in any way when it is imported
         raise ConfigError(f"`{what}._target_`={target!r} cannot be imported: {error}") from error
-    if not callable(cls):
+    if not isinstance(cls, type):
         raise ConfigError(f"`{what}._target_`={target!r} is a {type(cls).__name__}, not a class")
+    if not issubclass(cls, kind):
+        raise ConfigError(f"`{what}._target_`={target!r} is not a {kind.__name__}; choose one with `{what}=NAME`")
     options = {key: value for key, value in config.items() if key not in _HYDRA_KEYS}
-    known = inspect.signature(cls).parameters
+    try:
+        known = inspect.signature(cls).parameters
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"`{what}._target_`={target!r} is not a class that takes options: {error}") from error
     for key in options:
         if key not in known:
             raise ConfigError(f"`{what}.{key}` is not an option of {class_name}; {nearest(str(key), known)}")

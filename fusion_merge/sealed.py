@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fusion_merge.errors import CheckpointError
+from fusion_merge.errors import CheckpointError, reason
 from fusion_merge.files import atomic
 
 _KEY = "fusion_merge"
@@ -45,7 +45,9 @@ def write_sealed(path: Path | str, tensors: Mapping[str, Tensor], about: Mapping
         FusionMergeError: if the file cannot be written.
     """
     own = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", _KEY: json.dumps({"checksum": checksum(own), "about": about})}
+    described = json.dumps(about)
+    seal = {"checksum": checksum(own), "about": json.loads(described), "about_checksum": _checksum_of(described)}
+    metadata = {"format": "pt", _KEY: json.dumps(seal)}
     with atomic(path) as temporary:
         save_file(own, temporary, metadata=metadata)
 
@@ -58,7 +60,7 @@ def read_about(path: Path | str, what: str) -> dict[str, Any]:
         what: how errors call the file.
 
     Raises:
-        CheckpointError: if the file is missing or is not such a file.
+        CheckpointError: if the file is missing, is not such a file, or its description was changed.
     """
     return _read(path, what, tensors=False)[1]
 
@@ -78,16 +80,24 @@ def read_sealed(path: Path | str, what: str) -> tuple[dict[str, Tensor], dict[st
 
 def _read(path: Path | str, what: str, *, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     file = Path(path).expanduser()
+    if file.is_dir():
+        raise CheckpointError(f"`{file}` is a folder, but a {what} is a single file; name that")
     if not file.is_file():
         raise CheckpointError(f"{what} `{file}` does not exist")
     try:
         with safe_open(file, framework="pt") as handle:
             stored = json.loads((handle.metadata() or {}).get(_KEY, "null"))
             found = {name: handle.get_tensor(name) for name in (list(handle.keys()) if tensors else [])}
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {what} `{file}`: {(str(error) or 'no reason').splitlines()[0]}") from error
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # RecursionError among them
+        raise CheckpointError(f"cannot read {what} `{file}`: {reason(error)}") from error
     if not isinstance(stored, dict) or not isinstance(stored.get("about"), dict):
         raise CheckpointError(f"`{file}` is not a {what}: it does not say what it belongs to")
+    if stored.get("about_checksum") != _checksum_of(json.dumps(stored["about"])):
+        raise CheckpointError(f"{what} `{file}` is damaged: its description is not what was written; use a copy")
     if tensors and stored.get("checksum") != checksum(found):
         raise CheckpointError(f"{what} `{file}` is damaged: its values are not those that were written; use a copy")
     return found, stored["about"]
+
+
+def _checksum_of(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"

@@ -130,9 +130,24 @@ def magnitude_prune(tensor: Tensor, prune_ratio: float) -> Tensor:
         return tensor.clone()
     magnitude = tensor.detach().abs()
     magnitude = magnitude if magnitude.dtype == torch.float64 else magnitude.float()
-    below = int(Decimal(str(prune_ratio)) * (tensor.numel() - 1))  # 0.29 of 100 is 29, and floats say 28.999…
-    threshold = torch.kthvalue(magnitude.flatten(), below + 1).values  # no entry lies between this and the quantile
+    dropped = tensor.numel() - num_survivors(tensor.numel(), prune_ratio)
+    threshold = torch.kthvalue(magnitude.flatten(), dropped).values  # no entry lies between this and the quantile
     return torch.where(magnitude <= threshold, torch.zeros_like(tensor), tensor)
+
+
+def num_survivors(num_entries: int, prune_ratio: float) -> int:
+    r"""Return how many entries of a tensor `magnitude_prune` keeps.
+
+    .. math:: n - \lfloor r\,(n - 1) \rfloor - 1
+
+    Fewer survive where entries are zero, or as large as the quantile: this is exact for distinct magnitudes.
+
+    Args:
+        num_entries: n, at least 1.
+        prune_ratio: r, the share to drop, in [0, 1).
+    """
+    # 0.29 of 100 is 29, and floats say 28.999…
+    return num_entries - int(Decimal(str(prune_ratio)) * (num_entries - 1)) - 1
 
 
 def truncated_svd(matrix: Tensor, rank: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fusion_merge.errors import CheckpointError
@@ -77,6 +78,9 @@ def load_routers(path: Path | str, model: nn.Module, belongs_to: Mapping[str, An
     there, here = ({n: list(t.shape) for n, t in state.items()} for state in (tensors, own))
     if differences := _differences(there, here):
         raise CheckpointError(f"{_WHAT} `{path}` does not fit: shape of " + "; ".join(differences[:3]))
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{_WHAT} `{path}` holds something else than finite numbers in `{name}`; use another")
     for name, parameter in own.items():
         parameter.data.copy_(tensors[name])
 
@@ -126,7 +130,11 @@ def check_belongs(path: Path | str, what: str, stored: Mapping[str, Any], expect
     Raises:
         CheckpointError: if the two are not the same; the message says what differs.
     """
-    if differences := _differences(stored, json.loads(json.dumps(expected))):
+    plain = json.loads(json.dumps(expected))
+    for telling in ("method", "tasks"):  # with another method or other tasks, all else differs too
+        if isinstance(stored, Mapping) and telling in plain and stored.get(telling) != plain[telling]:
+            plain, stored = {telling: plain[telling]}, {telling: stored.get(telling)}
+    if differences := _differences(stored, plain):
         raise CheckpointError(f"{what} `{path}` does not fit: " + "; ".join(differences))
 
 

@@ -29,7 +29,7 @@ from fusion_merge.adaptation.runtime import (
     gathered,
     log_metrics,
 )
-from fusion_merge.errors import AdaptationError, ConfigError, nearest
+from fusion_merge.errors import AdaptationError, ConfigError, nearest, reason
 from fusion_merge.models.clip import pooled_output
 from fusion_merge.moe import MoEMLP
 
@@ -57,6 +57,7 @@ class AdaptationRecord:
 
     Attributes:
         steps: how many steps were taken.
+        resumed_at: the step that this run went on from; 0 if it began at the beginning.
         interrupted: whether it ended early, by Ctrl-C.
         entropy: for each task, the entropy of each step, in nats; the mean over processes.
         collapsed: tasks that collapsed to one class, and the step at which that began.
@@ -64,6 +65,7 @@ class AdaptationRecord:
     """
 
     steps: int = 0
+    resumed_at: int = 0
     interrupted: bool = False
     entropy: dict[str, list[float]] = field(default_factory=dict)
     collapsed: dict[str, int] = field(default_factory=dict)
@@ -119,6 +121,9 @@ def adapt(
     scaling = fabric.strategy.precision
     if progress is not None:
         scaling.load_state_dict(progress.restore(record, guard, parameters, optim))
+        record.resumed_at = record.steps
+    for step in range(record.steps):  # so that the log is whole, whatever became of the earlier one
+        log_metrics(fabric, {f"entropy/{name}": values[step] for name, values in record.entropy.items()}, step)
     start = time.perf_counter() - record.seconds
     bar = tqdm(
         range(record.steps, max_steps),
@@ -142,6 +147,8 @@ def adapt(
                 record.steps = step + 1
                 record.collapsed = guard.collapsed
                 bar.set_postfix(entropy=f"{metrics['entropy/mean']:.3f}")
+                if bar.disable and fabric.is_global_zero and (step + 1) % max(1, max_steps // 10) == 0:
+                    log.info("step %d of %d, entropy %.3f", step + 1, max_steps, metrics["entropy/mean"])
                 record.seconds = time.perf_counter() - start
                 log_metrics(fabric, metrics, step)
                 record.interrupted = any_process(fabric, interrupted.is_set())
@@ -150,9 +157,11 @@ def adapt(
                     progress.save(record, guard, parameters, optim, scaling.state_dict())
                 if record.interrupted:
                     log.warning(
-                        "interrupted after step %d of %d: going on with the routers as they are",
+                        "interrupted after step %d of %d: going on with the routers as they are "
+                        "(Ctrl-C again ends the run%s)",
                         step + 1,
                         max_steps,
+                        "; `method.resume=true` takes up the adaptation here" if progress is not None else "",
                     )
                     break
     finally:
@@ -213,8 +222,14 @@ class _Update:
 
     def take(self, step: int) -> None:
         before = [p.detach().clone() for p in self._parameters]
-        self._optimizer.step()
         self._before = before
+        try:
+            self._optimizer.step()
+        except RuntimeError as error:  # such as a step that no float can hold
+            self.take_back()
+            raise AdaptationError(
+                f"the optimiser fails at step {step} ({reason(error)}); try a smaller `lr`"
+            ) from error
         if not all(torch.isfinite(p).all() for p in self._parameters):
             self.take_back()
             raise AdaptationError(

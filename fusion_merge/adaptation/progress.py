@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fusion_merge.adaptation.checkpoint import check_belongs
-from fusion_merge.errors import CheckpointError
+from fusion_merge.errors import CheckpointError, reason
+from fusion_merge.options import LARGEST
 from fusion_merge.sealed import read_about, read_sealed, write_sealed
 
 if TYPE_CHECKING:
@@ -120,19 +122,19 @@ class Progress:
             return {}
         tensors, stored = read_sealed(self.path, _WHAT)
         about = self._checked(stored)
+        state = _optimizer_state(tensors)
+        self._check_tensors(tensors, state, record, parameters)
+        try:
+            guard.restore(about["guard"])
+            torch.set_rng_state(tensors["random"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise self._unusable(f"its description cannot be gone on from ({reason(error)})") from error
         for index, parameter in enumerate(parameters):
             parameter.data.copy_(tensors[f"parameter.{index}"])
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, index_text, key = name.split(".", 2)
-                state.setdefault(int(index_text), {})[key] = tensor
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        torch.set_rng_state(tensors["random"])
         for task in record.entropy:
             record.entropy[task] = tensors[f"entropy.{task}"].tolist()
         record.steps, record.seconds = self.step, about["seconds"]
-        guard.restore(about["guard"])
         record.collapsed = guard.collapsed
         log.info("going on from step %d, saved in %s", self.step, self.path)
         return dict(about["precision"])
@@ -142,7 +144,64 @@ class Progress:
         self.path.unlink(missing_ok=True)
 
     def _checked(self, about: dict[str, Any]) -> dict[str, Any]:
-        if not {"step", "seconds", "guard", "precision", "belongs_to"} <= about.keys():
-            raise CheckpointError(f"`{self.path}` is not {_WHAT}; delete it, or start without `resume`")
+        if not about.keys() >= {"step", "seconds", "guard", "precision", "belongs_to"}:
+            raise self._unusable("it does not say what it is")
         check_belongs(self.path, _WHAT, about["belongs_to"], self._belongs_to)
+        step, seconds = about["step"], about["seconds"]
+        if type(step) is not int or not 0 <= step <= LARGEST:
+            raise self._unusable(f"`step` is {step!r}")
+        if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+            raise self._unusable(f"`seconds` is {seconds!r}")
+        for key in ("guard", "precision"):
+            if not isinstance(about[key], dict):
+                raise self._unusable(f"`{key}` is {about[key]!r}")
+        if wrong := _guard_problem(about["guard"]):
+            raise self._unusable(f"`guard` has {wrong}")
         return about
+
+    def _check_tensors(
+        self,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[int, Mapping[str, Tensor]],
+        record: AdaptationRecord,
+        parameters: list[nn.Parameter],
+    ) -> None:
+        """Refuse tensors that are not those of this adaptation, before anything is put back."""
+        expected = {f"parameter.{i}": p.shape for i, p in enumerate(parameters)}
+        expected |= {f"entropy.{task}": torch.Size([self.step]) for task in record.entropy}
+        expected["random"] = torch.get_rng_state().shape
+        every = next(iter(state.values()), {})  # an optimiser keeps the same of every parameter
+        for i, p in enumerate(parameters if state else []):
+            expected |= {f"optimizer.{i}.{k}": p.shape if t.ndim else t.shape for k, t in every.items()}
+        for name in sorted(expected.keys() | tensors.keys()):
+            shape = tensors[name].shape if name in tensors else None
+            if shape != expected.get(name):
+                raise self._unusable(f"`{name}` is of shape {shape} there and {expected.get(name)} here")
+            whole = tensors[name].dtype == torch.uint8 if name == "random" else tensors[name].is_floating_point()
+            if not whole or not torch.isfinite(tensors[name]).all():
+                raise self._unusable(f"`{name}` holds something else than finite numbers")
+
+    def _unusable(self, why: str) -> CheckpointError:
+        return CheckpointError(f"`{self.path}` is not {_WHAT}: {why}; delete it, or start without `resume`")
+
+
+def _optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        _, index, key = (*name.split(".", 2), "", "")[:3]
+        if name.startswith("optimizer.") and index.isdecimal():
+            state.setdefault(int(index), {})[key] = tensor
+    return state
+
+
+def _guard_problem(guard: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with what a guard is said to have seen."""
+    for key, kinds in (("recent", (list,)), ("steps", (list,)), ("first", (int, float)), ("collapsed", (int,))):
+        table = guard.get(key)
+        if not isinstance(table, dict):
+            return f"`{key}`={table!r}"
+        for task, value in table.items():
+            numbers = value if isinstance(value, list) else [value]
+            if not isinstance(value, kinds) or not all(type(n) in (int, float) and n >= 0 for n in numbers):
+                return f"`{key}.{task}`={value!r}"
+    return None

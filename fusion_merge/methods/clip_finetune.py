@@ -122,7 +122,7 @@ class CLIPFinetuneAlgorithm(Method):
             placement=placement_of(fabric),
         )
         steps = 1 if self.fast_dev_run else self.max_steps
-        finetune(
+        losses = finetune(
             tower,
             tasks.head(name),
             iter(loader),
@@ -134,6 +134,15 @@ class CLIPFinetuneAlgorithm(Method):
             label_smoothing=self.label_smoothing,
             description=f"fine-tuning {name}",
         )
+        if fabric.is_global_zero:
+            last = losses[-max(1, len(losses) // 10) :]
+            log.info(
+                "`%s`: loss %.3f at first, %.3f over the last %d steps",
+                name,
+                losses[0],
+                sum(last) / len(last),
+                len(last),
+            )
         return nn.Module.to(tower, "cpu")
 
 

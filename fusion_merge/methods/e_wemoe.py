@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 
@@ -12,12 +12,14 @@ from fusion_merge.errors import ConfigError
 from fusion_merge.methods.moe_base import MoEMethod
 from fusion_merge.models.merged import MergedCLIPVisionModel
 from fusion_merge.moe import LayerEncodedRouter, Router, SparseExperts, make_router
-from fusion_merge.moe.experts import TaskVector
+from fusion_merge.moe.experts import TaskVector, sparse_spec
 from fusion_merge.moe.layer import router_parameters
 from fusion_merge.moe.upcycle import MakeRouter
 from fusion_merge.options import option
 from fusion_merge.registry import register_method
-from fusion_merge.task_vectors import magnitude_prune
+from fusion_merge.task_vectors import magnitude_prune, num_survivors
+
+_WIDEST_CODE = 4096  # as wide as no tower is
 
 
 @final
@@ -54,8 +56,11 @@ class EWEMoEAlgorithm(MoEMethod):
             ConfigError: if one is out of range, or if the position code has no router to be shown to.
         """
         super().__post_init__()
-        if self.position_encoding_dim % 2:
-            raise ConfigError(f"`position_encoding_dim`={self.position_encoding_dim} is odd; choose an even number")
+        if self.position_encoding_dim % 2 or self.position_encoding_dim > _WIDEST_CODE:
+            raise ConfigError(
+                f"`position_encoding_dim`={self.position_encoding_dim} is odd or too wide; "
+                f"choose an even number up to {_WIDEST_CODE}"
+            )
         if self.position_encoding and not (self.shared_gate and self.router_hidden_layers):
             raise ConfigError(
                 "`position_encoding`=True tells a shared router which layer it decides for; it needs "
@@ -66,6 +71,10 @@ class EWEMoEAlgorithm(MoEMethod):
     def make_experts(self, path: str, task_vectors: Sequence[TaskVector], device: torch.device) -> SparseExperts:
         """See `MoEMethod.make_experts`."""
         return SparseExperts.from_task_vectors(task_vectors, self.tv_prune_ratio)
+
+    def experts_spec(self, num_tasks: int, in_features: int, out_features: int) -> dict[str, Any]:
+        """See `MoEMethod.experts_spec`."""
+        return sparse_spec(num_tasks, num_tasks * num_survivors(in_features * out_features, self.tv_prune_ratio))
 
     def router_maker(self, generator: torch.Generator) -> MakeRouter:
         """See `MoEMethod.router_maker`: the first layer's router serves all, if it is shared."""

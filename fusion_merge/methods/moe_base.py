@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -24,10 +21,11 @@ from fusion_merge.adaptation.checkpoint import (
     load_routers,
     save_routers,
 )
-from fusion_merge.adaptation.loop import OPTIMIZERS, AdaptationRecord, TaskStream, adapt
+from fusion_merge.adaptation.loop import OPTIMIZERS, AdaptationRecord, adapt
 from fusion_merge.adaptation.objectives import OBJECTIVES, make_objective
 from fusion_merge.adaptation.progress import Progress
-from fusion_merge.adaptation.runtime import check_precision, make_fabric, placement_of
+from fusion_merge.adaptation.runtime import check_precision, make_fabric
+from fusion_merge.adaptation.streams import open_progress, task_streams
 from fusion_merge.errors import AdaptationError, ConfigError
 from fusion_merge.files import check_writable
 from fusion_merge.methods.base import Method
@@ -39,7 +37,7 @@ from fusion_merge.moe.layer import router_parameters
 from fusion_merge.moe.selection import Selection
 from fusion_merge.moe.upcycle import MakeRouter
 from fusion_merge.options import option
-from fusion_merge.pools.loaders import Placement, adaptation_loader, evaluation_loader, fitting_workers
+from fusion_merge.pools.loaders import Placement, evaluation_loader
 from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 from fusion_merge.task_vectors import task_arithmetic
@@ -315,17 +313,15 @@ class MoEMethod(Method):
         pools: Mapping[str, CLIPVisionModelTaskPool],
         fabric: Fabric,
     ) -> None:
-        placement = placement_of(fabric)
-        progress = self._progress = self._make_progress(modelpool, pools, fabric)
-        workers = fitting_workers(self.num_workers, len(pools))
-        streams = {
-            name: TaskStream(
-                batches=self._batches(pool, name, index, workers, placement, progress.step if progress else 0),
-                head=pool.head(name).to(fabric.device),
-                num_classes=len(pool.task(name).classnames),
-            )
-            for index, (name, pool) in enumerate(pools.items())
-        }
+        progress = self._progress = self._open_progress(modelpool, pools, fabric)
+        streams = task_streams(
+            pools,
+            fabric,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            start=progress.step if progress is not None else 0,
+        )
         try:
             self.record = adapt(
                 model,
@@ -345,38 +341,21 @@ class MoEMethod(Method):
                 log.warning("the last good routers are saved to %s", self.save_checkpoint)
             raise
 
-    def _make_progress(
+    def _open_progress(
         self, modelpool: CLIPVisionModelPool, pools: Mapping[str, CLIPVisionModelTaskPool], fabric: Fabric
     ) -> Progress | None:
-        """Return where the state of this very adaptation is kept: its file is named after all that it depends on."""
         if self.cache_dir is None or self.fast_dev_run:
             return None
         deciding = ("objective", "optimizer", "lr", "batch_size", "batch_reduce", "use_grad_accumulate", "seed")
-        belongs_to = self._belongs_to(modelpool) | {
-            "adaptation": {name: getattr(self, name) for name in deciding},
-            "images": {name: len(pool.images(name)) for name, pool in pools.items()},
-            "processes": fabric.world_size,
-            "precision": str(fabric.strategy.precision.precision),
-        }
-        key = hashlib.sha256(json.dumps(belongs_to, sort_keys=True).encode()).hexdigest()[:12]
-        file = Path(self.cache_dir).expanduser() / f"{self.method_name}-{key}.progress"
-        progress = Progress(file, belongs_to, self.save_every, resume=self.resume)
+        belongs_to = self._belongs_to(modelpool) | {"adaptation": {name: getattr(self, name) for name in deciding}}
+        options: dict[str, Any] = {"save_every": self.save_every, "resume": self.resume}
+        progress = open_progress(self.cache_dir, self.method_name, belongs_to, pools, fabric, **options)
         if progress.step > self.max_steps:
             raise ConfigError(
-                f"`max_steps`={self.max_steps}: the adaptation in `{file}` is at step {progress.step} already; "
-                f"choose at least {progress.step}, or start without `resume`"
+                f"`max_steps`={self.max_steps}: the adaptation in `{progress.path}` is at step {progress.step} "
+                f"already; choose at least {progress.step}, or start without `resume`"
             )
         return progress
-
-    def _batches(
-        self, tasks: CLIPVisionModelTaskPool, name: str, index: int, workers: int, placement: Placement, start: int
-    ) -> Iterator[Any]:
-        seed = self.seed * 1009 + index
-        return iter(
-            adaptation_loader(
-                tasks.images(name), self.batch_size, seed, workers=workers, placement=placement, start=start
-            )
-        )
 
     def _belongs_to(self, modelpool: CLIPVisionModelPool) -> dict[str, Any]:
         shaping = [f.name for f in dataclasses.fields(self) if f.metadata.get("shapes_model")]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
+from transformers import CLIPVisionConfig
 
 from fusion_merge.errors import ConfigError
 from fusion_merge.methods.moe_base import MoEMethod
 from fusion_merge.moe import LowRankExperts, SoftTopK, make_router
-from fusion_merge.moe.experts import TaskVector
+from fusion_merge.moe.experts import TaskVector, low_rank_spec
 from fusion_merge.moe.upcycle import MakeRouter
 from fusion_merge.options import option
 from fusion_merge.pools.model_pool import CLIPVisionModelPool
@@ -46,21 +47,23 @@ class RankOneMoEAlgorithm(MoEMethod):
     )
     svd_accelerator: str = option("auto", help="where to decompose: auto (as Fabric), cpu, cuda, …")
 
-    def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
-        """See `Method.check`: rank and selection against the width of the tower."""
-        config = modelpool.config()
+    def check_shapes(self, config: CLIPVisionConfig, num_tasks: int) -> None:
+        """See `MoEMethod.check_shapes`: rank and selection against the width of the tower."""
         limit = min(config.hidden_size, config.intermediate_size)
         if self.rank_k == 0 or self.rank_k > limit:
             raise ConfigError(
                 f"`rank_k`={self.rank_k} is not in 1-{limit}, the possible ranks at `encoder.layers.0.mlp.fc1` "
                 f"({config.intermediate_size} x {config.hidden_size}); choose 1-{limit}, or -1 for full rank"
             )
-        experts = len(modelpool.model_names) * (limit if self.rank_k == -1 else self.rank_k)
+        experts = num_tasks * (limit if self.rank_k == -1 else self.rank_k)
         if self.select_k == 0 or self.select_k > experts:
             raise ConfigError(
                 f"`select_k`={self.select_k} is not in 1-{experts}, the number of experts of a layer; "
                 f"choose 1-{experts}, or -1 for all of them"
             )
+
+    def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
+        """See `Method.check`: also whether there is the device to decompose on."""
         _svd_device(self.svd_accelerator, torch.device("cpu"))
         super().check(modelpool, taskpool)
 
@@ -68,6 +71,11 @@ class RankOneMoEAlgorithm(MoEMethod):
         """See `MoEMethod.make_experts`."""
         where = _svd_device(self.svd_accelerator, device)
         return LowRankExperts.from_task_vectors(task_vectors, self.rank_k, self.init_lambda, where)
+
+    def experts_spec(self, num_tasks: int, in_features: int, out_features: int) -> dict[str, Any]:
+        """See `MoEMethod.experts_spec`."""
+        rank = min(in_features, out_features) if self.rank_k == -1 else self.rank_k
+        return low_rank_spec(num_tasks, rank, self.init_lambda)
 
     def router_maker(self, generator: torch.Generator) -> MakeRouter:
         """See `MoEMethod.router_maker`: between two layers a router is 2·K wide."""

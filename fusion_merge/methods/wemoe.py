@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 
 from fusion_merge.methods.moe_base import MoEMethod
 from fusion_merge.moe import DenseExperts
-from fusion_merge.moe.experts import TaskVector
+from fusion_merge.moe.experts import TaskVector, dense_spec
 from fusion_merge.registry import register_method
 
 
@@ -31,3 +31,7 @@ class WEMoEAlgorithm(MoEMethod):
     def make_experts(self, path: str, task_vectors: Sequence[TaskVector], device: torch.device) -> DenseExperts:
         """See `MoEMethod.make_experts`."""
         return DenseExperts.from_task_vectors(task_vectors)
+
+    def experts_spec(self, num_tasks: int, in_features: int, out_features: int) -> dict[str, Any]:
+        """See `MoEMethod.experts_spec`."""
+        return dense_spec(num_tasks)

@@ -56,7 +56,9 @@ def model_card(
         tabulate([["base", base_model], *models.items()], headers=["task", "model"], tablefmt="github"),
         "## Method",
         f"`{method}`, with these options:",
-        tabulate([(f"`{k}`", f"`{v}`") for k, v in sorted(options.items())], headers=["option", "value"], tablefmt="github"),
+        tabulate(
+            [(f"`{k}`", f"`{v}`") for k, v in sorted(options.items())], headers=["option", "value"], tablefmt="github"
+        ),
     ]
     if scores:
         rows = [(task, f"{100 * score:.1f}") for task, score in scores.items()]

@@ -14,21 +14,21 @@ from typing import Any, Protocol
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPVisionConfig, CLIPVisionModel
-from transformers.models.clip.configuration_clip import CLIPConfig
 from transformers.utils import logging as transformers_logging
 
-from fusion_merge.errors import ModelError
+from fusion_merge.errors import ModelError, reason
 from fusion_merge.files import atomic
+from fusion_merge.models.clip_config import check_same_arithmetic as check_same_arithmetic
+from fusion_merge.models.clip_config import check_whole_clip as check_whole_clip
+from fusion_merge.models.clip_config import vision_config as vision_config
 from fusion_merge.models.pictures import as_bytes
 from fusion_merge.task_vectors import State, check_same_shape_tables, shapes_of
 
 _PREFIXES = ("module.", "clip.", "model.", "vision_model.")
-_ARITHMETIC = ("hidden_act", "num_attention_heads", "layer_norm_eps", "image_size", "patch_size")
 _ROOTS = ("embeddings.class_embedding", "embeddings.patch_embedding.", "embeddings.position_embedding.")
 _PARTS = ("pre_layrnorm.", "encoder.layers.", "post_layernorm.")
 
@@ -104,64 +104,6 @@ def _strip(name: str) -> str:
             if name.startswith(prefix):
                 name, stripped = name.removeprefix(prefix), True
     return name
-
-
-def vision_config(config: Mapping[str, Any], *, where: str) -> CLIPVisionConfig:
-    """Return the vision tower's configuration from that of a CLIP model or of a tower alone.
-
-    Args:
-        config: the content of a `config.json`.
-        where: where it comes from, for errors.
-
-    Raises:
-        ModelError: if it is not the configuration of a CLIP model.
-    """
-    kind = config.get("model_type")
-    if kind == "clip":
-        both: Any = CLIPConfig.from_dict(dict(config))
-        return both.vision_config
-    if kind == "clip_vision_model":
-        return CLIPVisionConfig.from_dict(dict(config))
-    raise ModelError(
-        f"`model_type` is {kind!r} in the config of {where}; a CLIP model has `clip` or `clip_vision_model`"
-    )
-
-
-def check_same_arithmetic(reference: CLIPVisionConfig, config: CLIPVisionConfig, *, where: str) -> None:
-    """Refuse a tower that computes otherwise with the same weights: its merge with others would mean nothing.
-
-    Args:
-        reference: the configuration of the pretrained model.
-        config: the configuration of the other.
-        where: what the other is, for errors.
-
-    Raises:
-        ModelError: if they differ; the message names the first key that does.
-    """
-    for key in _ARITHMETIC:
-        own, expected = getattr(config, key), getattr(reference, key)
-        if own != expected:
-            raise ModelError(
-                f"{where} has `{key}`={own!r} in its config, but the pretrained model has {expected!r}; "
-                "models are merged only if they compute alike"
-            )
-
-
-def check_whole_clip(config: Mapping[str, Any], *, where: str) -> None:
-    """Refuse a model without a text tower, by its configuration.
-
-    Args:
-        config: the content of a `config.json`.
-        where: where it comes from, for errors.
-
-    Raises:
-        ModelError: if it is not a whole CLIP model.
-    """
-    if config.get("model_type") != "clip":
-        raise ModelError(
-            f"{where} is a {config.get('model_type')!r}, and has no text tower to make heads of; "
-            "give a whole CLIP model as `clip_model` of the task pool"
-        )
 
 
 def vision_backbone(model: nn.Module) -> nn.Module:
@@ -251,12 +193,16 @@ def load_tower_state(model: nn.Module, state: State, *, where: str) -> None:
         where: what they are, for errors.
 
     Raises:
-        ModelError: if names or shapes do not fit the model.
+        ModelError: if names or shapes do not fit the model, or a tensor holds NaN or infinite values.
     """
     own = module_state(model)
     check_same_shape_tables(shapes_of(own), shapes_of(state), where=where)
     for name, tensor in own.items():
         tensor.copy_(state[name])
+        if not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"{where} would hold NaN or infinite values in `{name}`; choose smaller coefficients, or other weights"
+            )
 
 
 def save_tower(model: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -303,6 +249,9 @@ def text_embeddings(model: CLIPModel, tokenizer: Tokenizer, prompts: Sequence[st
 
     Shape:
         → (number of prompts, P), P the width of the common space.
+
+    Raises:
+        ModelError: if the tokenizer is not that of the model.
     """
     device = model.text_projection.weight.device
     config: Any = model.config
@@ -310,10 +259,16 @@ def text_embeddings(model: CLIPModel, tokenizer: Tokenizer, prompts: Sequence[st
     chunks = []
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
-        tokens = tokenizer(text=batch, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        output = model.text_model(
-            input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device)
-        )
+        try:
+            tokens = tokenizer(text=batch, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+            output = model.text_model(
+                input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device)
+            )
+        except Exception as error:  # tokenizers raise errors of their own
+            raise ModelError(
+                f"the text tower cannot read what its tokenizer makes of {batch[0]!r}: {reason(error)}; "
+                "give the `processor` that belongs to the CLIP model"
+            ) from error
         chunks.append(F.normalize(model.text_projection(pooled_output(output)), dim=-1))  # (batch, P)
     return torch.cat(chunks)  # (number of prompts, P)
 
@@ -333,13 +288,16 @@ def load_clip(path: str, *, where: str, **hub_options: Any) -> CLIPModel:
         with _no_progress():
             loaded: Any = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **hub_options)
         model, info = loaded
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot read {where} as a CLIP model: {error}") from error
+    except Exception as error:  # configurations and unpicklers fail in ways of their own
+        raise ModelError(f"cannot read {where} as a CLIP model: {str(error) or reason(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{where} lacks `{missing[0]}` and {len(missing) - 1} more tensors of a whole CLIP model; "
             "give a checkpoint that has its text tower, as `clip_model`"
         )
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{where} holds NaN or infinite values in `{name}`; use another copy of the model")
     return model.eval().requires_grad_(False)
 
 
@@ -368,10 +326,14 @@ def load_processor(path: str, *, where: str, **hub_options: Any) -> Processor:
     """
     backend = {"backend": "pil"} if _TRANSFORMERS_5 else {"use_fast": False}
     try:
-        image_processor = AutoImageProcessor.from_pretrained(path, **backend, **hub_options)
-        tokenizer = AutoTokenizer.from_pretrained(path, **hub_options)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read a CLIP processor from {where}: {error}") from error
+        options = {"trust_remote_code": False, **hub_options}  # nothing is run, and nobody is asked
+        image_processor = AutoImageProcessor.from_pretrained(path, **backend, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:  # tokenizers and image processors fail in ways of their own
+        raise ModelError(
+            f"cannot read a CLIP processor from {where}; save one there, or name another place as the pool's "
+            f"`processor` ({str(error) or reason(error)})"
+        ) from error
     return Processor(image_processor, tokenizer)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedModel
 
-from fusion_merge.errors import CheckpointError, ConfigError, FusionMergeError, ModelError, nearest
+from fusion_merge.errors import CheckpointError, ConfigError, FusionMergeError, ModelError, nearest, reason
 from fusion_merge.files import write_text
 from fusion_merge.models.card import model_card
 from fusion_merge.models.clip import build_tower, empty_tower, module_config, vision_backbone, vision_config
@@ -204,7 +206,8 @@ class MergedCLIPVisionModel(PreTrainedModel):
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
                 state = {name: t.detach().to("cpu").contiguous() for name, t in self.own_state().items()}
-                save_torch_state_dict(state, temporary, max_shard_size=known.get("max_shard_size") or "5GB")
+                with _quiet():  # the hub's library would name the temporary folder
+                    save_torch_state_dict(state, temporary, max_shard_size=known.get("max_shard_size") or "5GB")
                 self.config.architectures = [type(self).__name__]
                 self.config.checksum = checksum(state)
                 self.config.save_pretrained(temporary)
@@ -282,16 +285,33 @@ class MergedCLIPVisionModel(PreTrainedModel):
                 f"`{source}` holds a model of type {files.config.get('model_type')!r}, not a merged one; "
                 "read it with transformers.AutoModel"
             )
-        own_config = config if isinstance(config, MergedCLIPVisionConfig) else None
-        own_config = own_config or MergedCLIPVisionConfig.from_dict(files.config)
-        tower = empty_tower(vision_config(own_config.vision_config, where=source))
-        _install_empty_layers(tower, own_config)
-        model = cls(own_config, tower)
+        try:
+            own_config = config if isinstance(config, MergedCLIPVisionConfig) else None
+            own_config = own_config or MergedCLIPVisionConfig.from_dict(files.config)
+            tower = empty_tower(vision_config(own_config.vision_config, where=source))
+            _install_empty_layers(tower, own_config)
+            model = cls(own_config, tower)
+        except FusionMergeError:
+            raise
+        except Exception as error:  # a configuration may be wrong in any way
+            raise CheckpointError(
+                f"the configuration of `{source}` is not one of a merged model: {reason(error)}"
+            ) from error
         _load_exactly(model, LazyState(files.weights, lambda names: {n: n for n in names}, None), source)
         if dtype is not None:
             module: nn.Module = model
             module.to(dtype)
         return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _dtype(*given: Any) -> torch.dtype | None:

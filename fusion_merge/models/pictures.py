@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fusion_merge.errors import DataError
+from fusion_merge.errors import DataError, reason
 
 
 def as_bytes(image: Any) -> Any:
@@ -24,7 +24,10 @@ def as_bytes(image: Any) -> Any:
     """
     if hasattr(image, "convert"):
         return image.convert("RGB")
-    array = _array(image)
+    try:
+        array = _array(image)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"an image of type {type(image).__name__} cannot be used: {reason(error)}") from error
     if array.dtype.kind not in "uif" or array.size == 0:
         raise DataError(f"an image of type {type(image).__name__} holds {array.dtype} values; give a PIL image")
     low, high = array.min(), array.max()

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from fusion_merge import zoo
-from fusion_merge.errors import ModelError
+from fusion_merge.errors import ModelError, reason
+from fusion_merge.files import misspelt
 
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?$")
 HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
@@ -50,15 +51,32 @@ def split_source(source: str) -> tuple[str, str | None]:
     Raises:
         ModelError: if it is a path that does not exist, or neither a path nor a hub id.
     """
-    if source.startswith(zoo.SCHEME):
-        return str(zoo.path(source)), None
-    local = Path(source).expanduser()
-    if local.exists():
+    try:
+        if source.startswith(zoo.SCHEME):
+            return str(zoo.path(source)), None
+        local = Path(source).expanduser()
+        there = local.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, or the home of nobody
+        raise ModelError(f"`{shortened(source)}` cannot be the name of a model: {reason(error)[:200]}") from error
+    if there:
         return str(local), None
     match = _HUB_ID.match(source)
     if match is None or source.startswith((".", "~")) or local.suffix in {".safetensors", ".bin", ".pt", ".pth"}:
-        raise ModelError(f"`{source}` does not exist; give a folder, a file, or a hub id such as owner/name@revision")
+        raise ModelError(
+            f"`{shortened(source)}` does not exist; give a folder, a file, or a hub id such as owner/name@revision"
+        )
     return match["id"], match["revision"]
+
+
+def shortened(text: str, length: int = 200) -> str:
+    """Return a text in one line of a bearable length, for errors.
+
+    Args:
+        text: what a user wrote.
+        length: how many characters are kept.
+    """
+    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return printable if len(printable) <= length else f"{printable[:length]}…"
 
 
 def find_files(source: str, *, subfolder: str = "", **hub_options: Any) -> ModelFiles:
@@ -81,6 +99,8 @@ def find_files(source: str, *, subfolder: str = "", **hub_options: Any) -> Model
         if Path(path).is_dir():
             fetch = _local_fetch(Path(path) / subfolder)
         else:
+            if meant := misspelt(path):
+                raise ModelError(meant)
             fetch = _hub_fetch(path, {"revision": revision, "subfolder": subfolder} | hub_options)
             if fetch("config.json") is None:
                 raise ModelError(
@@ -107,15 +127,21 @@ def _check_options(source: str, path: str, revision: str | None, options: Mappin
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read `{file}`: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"cannot read `{file}`: {reason(error)}") from error
     if not isinstance(content, dict):
         raise ModelError(f"`{file}` does not hold a table of keys")
     return content
 
 
 def _local_fetch(folder: Path) -> Callable[[str], Path | None]:
-    return lambda name: folder / name if (folder / name).is_file() else None
+    def fetch(name: str) -> Path | None:
+        try:
+            return folder / name if (folder / name).is_file() else None
+        except OSError as error:  # a name that is too long
+            raise ModelError(f"cannot look for `{shortened(name)}` in `{folder}`: {error.strerror}") from error
+
+    return fetch
 
 
 def _hub_fetch(hub_id: str, options: Mapping[str, Any]) -> Callable[[str], Path | None]:
@@ -124,7 +150,7 @@ def _hub_fetch(hub_id: str, options: Mapping[str, Any]) -> Callable[[str], Path 
             found = cached_file(hub_id, name, _raise_exceptions_for_missing_entries=False, **options)
         except (OSError, ValueError) as error:
             raise ModelError(
-                f"`{hub_id}` is not a folder here and cannot be had from the hub: {str(error).splitlines()[0]}"
+                f"`{hub_id}` is not a folder here and cannot be had from the hub: {reason(error)}"
             ) from error
         return Path(found) if found else None
 
@@ -177,7 +203,7 @@ class LazyState(Mapping[str, Tensor]):
         try:
             tensor = self._converted(reader.read())
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise ModelError(f"cannot read `{self._names[name]}` in `{reader.file}`: {error}") from error
+            raise ModelError(f"cannot read `{self._names[name]}` in `{reader.file}`: {reason(error)}") from error
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelError(
                 f"`{self._names[name]}` in `{reader.file}` holds NaN or infinite values; use another copy of the model"
@@ -190,6 +216,20 @@ class LazyState(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def check_floating(self) -> None:
+        """Refuse a state with a tensor that is not of floating-point numbers, from the headers alone.
+
+        Raises:
+            ModelError: names the first such tensor.
+        """
+        for key in self._names.values():
+            reader = self._readers[key]
+            if not reader.dtype.startswith(("F", "BF")):
+                raise ModelError(
+                    f"`{key}` in `{reader.file}` holds {reader.dtype} values; "
+                    "give a model whose weights are float32, float16 or bfloat16"
+                )
+
     def first_row(self, name: str) -> Tensor:
         """Return the first row of a tensor, of which nothing else is read.
 
@@ -199,7 +239,11 @@ class LazyState(Mapping[str, Tensor]):
         Shape:
             (…, D) → (D,); () → (1,).
         """
-        return self._converted(self._readers[self._names[name]].read_first_row())
+        reader = self._readers[self._names[name]]
+        try:
+            return self._converted(reader.read_first_row())
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ModelError(f"cannot read `{self._names[name]}` in `{reader.file}`: {reason(error)}") from error
 
     def _converted(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._dtype) if self._dtype is not None and tensor.is_floating_point() else tensor
@@ -209,6 +253,7 @@ class LazyState(Mapping[str, Tensor]):
 class _Reader:
     file: Path
     shape: tuple[int, ...]
+    dtype: str
     read: Callable[[], Tensor]
     read_first_row: Callable[[], Tensor]
 
@@ -219,15 +264,17 @@ def _open(file: Path) -> dict[str, _Reader]:
     except ModelError:
         raise
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise ModelError(f"cannot read weights from `{file}`: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"cannot read weights from `{file}`: {reason(error)}") from error
 
 
 def _open_safetensors(file: Path) -> dict[str, _Reader]:
     handle = safe_open(file, framework="pt", device="cpu")
     readers = {}
     for key in list(handle.keys()):
-        shape = tuple(handle.get_slice(key).get_shape())
-        readers[key] = _Reader(file, shape, partial(handle.get_tensor, key), partial(_slice_row, handle, key, shape))
+        header = handle.get_slice(key)
+        shape, dtype = tuple(header.get_shape()), str(header.get_dtype())  # such as F32, BF16 or I8
+        first_row = partial(_slice_row, handle, key, shape)
+        readers[key] = _Reader(file, shape, dtype, partial(handle.get_tensor, key), first_row)
     return readers
 
 
@@ -243,10 +290,24 @@ def _open_torch(file: Path) -> dict[str, _Reader]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # the unpickler raises its own kinds for anything but plain tensors
-        raise ModelError(f"`{file}` is not a torch file of plain tensors: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ModelError(f"`{file}` does not hold a state dict of tensors")
-    return {key: _Reader(file, tuple(t.shape), t.clone, partial(_first_row, t)) for key, t in state.items()}
+        raise ModelError(f"`{file}` is not a torch file of plain tensors: {reason(error)}") from error
+    if not isinstance(state, dict) or not all(isinstance(n, str) and _is_plain(t) for n, t in state.items()):
+        raise ModelError(f"`{file}` does not hold a state dict of tensors, plain ones by name")
+    return {
+        key: _Reader(file, tuple(t.shape), _dtype_name(t), t.clone, partial(_first_row, t)) for key, t in state.items()
+    }
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    """Return the dtype as safetensors would begin to call it."""
+    return f"F ({tensor.dtype})" if tensor.is_floating_point() else str(tensor.dtype)
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Tell whether something is a tensor with values of its own, neither sparse nor quantized."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        return False
+    return not tensor.is_quantized and tensor.device.type == "cpu"
 
 
 def _first_row(tensor: Tensor) -> Tensor:

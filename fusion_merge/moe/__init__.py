@@ -15,7 +15,7 @@ from fusion_merge.moe.router import (
     make_router,
 )
 from fusion_merge.moe.selection import SelectAll, SoftTopK
-from fusion_merge.moe.upcycle import find_mlps, upcycle_mlps
+from fusion_merge.moe.upcycle import find_mlps, route_mlps, upcycle_mlps
 
 __all__ = [
     "ConstantRouter",
@@ -37,6 +37,7 @@ __all__ = [
     "make_router",
     "moe_layers",
     "record_coefficients",
+    "route_mlps",
     "set_routing",
     "upcycle_mlps",
 ]

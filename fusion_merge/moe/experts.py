@@ -30,9 +30,17 @@ class TaskVector(NamedTuple):
 
 
 class Experts(nn.Module, ABC):
-    """What is added to one frozen linear layer.
+    r"""What is added to one frozen linear layer.
 
     `forward` equals applying `delta` to rounding; `delta` is the slow, obvious definition.
+
+    A bank stored with unit roundoff u (2⁻¹¹ for float16, 2⁻⁸ for bfloat16) instead of exactly moves a token's output,
+    underflow aside, by at most
+
+    .. math:: u \sum_n |g_n| \big(\lVert \tau_n \rVert \lVert x \rVert + \lVert \beta_n \rVert\big)
+              \quad\text{(dense, sparse)}, \qquad
+              (2u + u^2) \sum_k |g_k| s_k \lVert x \rVert + u |\lambda| \sum_n \lVert \beta_n \rVert
+              \quad\text{(low rank).}
     """
 
     num_coefficients: int
@@ -107,7 +115,7 @@ class DenseExperts(Experts):
 
     def spec(self) -> dict[str, Any]:
         """See `Experts.spec`."""
-        return {"kind": "dense", "num_tasks": self.num_coefficients}
+        return dense_spec(self.num_coefficients)
 
 
 @final
@@ -194,7 +202,7 @@ class SparseExperts(Experts):
 
     def spec(self) -> dict[str, Any]:
         """See `Experts.spec`."""
-        return {"kind": "sparse", "num_tasks": self.num_coefficients, "num_values": self.values.numel()}
+        return sparse_spec(self.num_coefficients, self.values.numel())
 
 
 @final
@@ -265,11 +273,40 @@ class LowRankExperts(Experts):
     def spec(self) -> dict[str, Any]:
         """See `Experts.spec`."""
         num_tasks = self.bias.shape[0]
-        rank = self.num_coefficients // num_tasks
-        return {"kind": "low_rank", "num_tasks": num_tasks, "rank": rank, "bias_scaling": self.bias_scaling}
+        return low_rank_spec(num_tasks, self.num_coefficients // num_tasks, self.bias_scaling)
 
     def _bias_delta(self) -> Tensor:
         return self.bias_scaling * self.bias.sum(dim=0)  # (O,)
+
+
+def dense_spec(num_tasks: int) -> dict[str, Any]:
+    """Return the spec of a dense bank.
+
+    Args:
+        num_tasks: N.
+    """
+    return {"kind": "dense", "num_tasks": num_tasks}
+
+
+def sparse_spec(num_tasks: int, num_values: int) -> dict[str, Any]:
+    """Return the spec of a sparse bank.
+
+    Args:
+        num_tasks: N.
+        num_values: S, the entries of all N weights that survive; `num_survivors` says how many in one.
+    """
+    return {"kind": "sparse", "num_tasks": num_tasks, "num_values": num_values}
+
+
+def low_rank_spec(num_tasks: int, rank: int, bias_scaling: float) -> dict[str, Any]:
+    """Return the spec of a low-rank bank.
+
+    Args:
+        num_tasks: N.
+        rank: R, at least 1.
+        bias_scaling: λ, the static weight of every bias.
+    """
+    return {"kind": "low_rank", "num_tasks": num_tasks, "rank": rank, "bias_scaling": bias_scaling}
 
 
 def empty_experts(spec: dict[str, Any], in_features: int, out_features: int) -> Experts:

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 MakeExperts = Callable[[str, Sequence[TaskVector]], Experts]
 """Makes a bank from the layer's name and its task vectors."""
 
+MakeBank = Callable[[str, nn.Linear], Experts]
+"""Makes a bank from the layer's name and the layer alone."""
+
 MakeRouter = Callable[[int, int, int], Router]
 """Makes a router from the layer's index, the input width and the number of coefficients."""
 
@@ -78,37 +81,66 @@ def upcycle_mlps(
 
     Source: WEMoE, arXiv 2402.00433, §4; upcycling after Komatsuzaki et al. 2023.
     """
-    model = copy.deepcopy(merged).requires_grad_(False)
     names = list(task_names) if task_names is not None else [str(i) for i in range(len(finetuned))]
     unchanged = dict.fromkeys(names, 0)
-    mlps = find_mlps(model)
+    layers = 2 * len(find_mlps(merged))
     if not finetuned:
         raise ModelError("there is no fine-tuned model to make experts of; give at least one")
-    for index, (name, mlp) in enumerate(mlps.items()):
-        fc1, activation, fc2 = mlp_parts(mlp)
-        layers = []
-        for part, linear in (("fc1", fc1), ("fc2", fc2)):
-            path = f"{name}.{part}"
-            _load_pretrained(linear, pretrained, path)
-            vectors = _task_vectors(pretrained, finetuned, path)
-            for task, vector in zip(names, vectors, strict=True):
-                unchanged[task] += not (vector.weight.any() or vector.bias.any())
-            layers.append(MoELinear(linear, make_experts(path, vectors)))
-        experts1, experts2 = layers
-        router = make_router(index, fc1.in_features, experts1.experts.num_coefficients)
-        own_selection = copy.deepcopy(selection)
-        model.set_submodule(name, MoEMLP(experts1, activation, experts2, router, Routing(routing), own_selection))
-        if progress is not None:
-            progress()
+
+    def make_bank(path: str, linear: nn.Linear) -> Experts:
+        _load_pretrained(linear, pretrained, path)
+        vectors = _task_vectors(pretrained, finetuned, path)
+        for task, vector in zip(names, vectors, strict=True):
+            unchanged[task] += not (vector.weight.any() or vector.bias.any())
+        return make_experts(path, vectors)
+
+    model = route_mlps(
+        merged, make_bank=make_bank, make_router=make_router, routing=routing, selection=selection, progress=progress
+    )
     for task, count in unchanged.items():
         if count:
             log.info(
                 "`%s` equals the pretrained model in %d of %d MLP layers: it adds zero experts there",
                 task,
                 count,
-                2 * len(mlps),
+                layers,
             )
     return model
+
+
+def route_mlps(
+    model: nn.Module,
+    *,
+    make_bank: MakeBank,
+    make_router: MakeRouter,
+    routing: Routing | str,
+    selection: Selection | None = None,
+    progress: Callable[[], object] | None = None,
+) -> nn.Module:
+    """Return a copy of a model whose MLPs are routed, with the MLPs' own layers as bases; no task vector is needed.
+
+    Args:
+        model: any model with plain MLPs, on the meta device too.
+        make_bank: makes the bank of one linear layer of the copy.
+        make_router: makes (or hands out again) the router of one MLP.
+        routing: what the routers' outputs are averaged over.
+        selection: how many of the coefficients take part; by default all.
+        progress: called when an MLP is done.
+
+    Raises:
+        ModelError: if there is no MLP that can be upcycled.
+    """
+    routed = copy.deepcopy(model).requires_grad_(False)
+    for index, (name, mlp) in enumerate(find_mlps(routed).items()):
+        fc1, activation, fc2 = mlp_parts(mlp)
+        first = MoELinear(fc1, make_bank(f"{name}.fc1", fc1))
+        second = MoELinear(fc2, make_bank(f"{name}.fc2", fc2))
+        router = make_router(index, fc1.in_features, first.experts.num_coefficients)
+        own_selection = copy.deepcopy(selection)
+        routed.set_submodule(name, MoEMLP(first, activation, second, router, Routing(routing), own_selection))
+        if progress is not None:
+            progress()
+    return routed
 
 
 def _load_pretrained(linear: nn.Linear, pretrained: State, path: str) -> None:

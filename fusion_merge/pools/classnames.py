@@ -63,10 +63,13 @@ def _by_place(name: str, texts: tuple[str, ...], own: Sequence[str]) -> tuple[st
         return tuple(by_label[index] for index in range(len(own)))
     for index, (text, place) in enumerate(zip(texts, places, strict=True)):
         if place is not None and place != index:
+            unknown = [t for t, p in zip(texts, places, strict=True) if p is None]
+            left = [own[i] for i in range(len(own)) if i not in places]
+            hint = f" `{unknown[0]}` is none of them: {nearest(unknown[0], left)}" if unknown and left else ""
             raise DataError(
-                f"`classnames` of `{name}` has {text!r} at place {index}, but the dataset's label {index} is "
-                f"{own[index] if index < len(own) else 'not there'!r} and `{own[place]}` is its label {place}; give "
-                f"names in the order {', '.join(own)}, or a mapping {{{own[0]}: NAME, …}}"
+                f"`classnames` of `{name}` has {len(texts)} names, of which {text!r} is one of the {len(own)} that the "
+                f"dataset has, but not at its place.{hint} Give all of {', '.join(own)} in any order, names of your "
+                f"own in that order, or a mapping {{{own[0]}: NAME, …}}"
             )
     return texts
 

@@ -58,7 +58,10 @@ class ImageTask:
         row = self.data[index]
         if self.label_column is None:
             return row[self.image_column], UNLABELLED
-        label = int(row[self.label_column])
+        value = row[self.label_column]
+        label = int(value)
+        if label != value:
+            raise DataError(f"`{self.name}`: image {index} has label {value!r}, not a whole number")
         if not 0 <= label < len(self.classnames):
             raise DataError(
                 f"`{self.name}`: image {index} has label {label}, but there are {len(self.classnames)} classes"
@@ -188,9 +191,13 @@ def _labels_are_missing(name: str, data: Any, label: str | int, num_classes: int
     if not isinstance(data, Dataset):
         return False
     values = data.select_columns([label])[:][label]
-    labels = np.asarray([-1 if value is None else value for value in values])
-    if labels.dtype.kind not in "iub":
-        raise DataError(f"column `{label}` of `{name}` holds {labels.dtype} values, not integer labels")
+    try:
+        labels = np.asarray([-1 if value is None else value for value in values])
+    except ValueError as error:  # lists of different lengths
+        raise DataError(f"column `{label}` of `{name}` holds lists, not integer labels") from error
+    if labels.dtype.kind not in "iub" or labels.ndim != 1:
+        kind = "lists" if labels.ndim != 1 else f"{labels.dtype} values"
+        raise DataError(f"column `{label}` of `{name}` holds {kind}, not integer labels")
     if labels.max() >= num_classes:
         raise DataError(
             f"the dataset of `{name}` has labels up to {labels.max()}, but there are {num_classes} class names; "

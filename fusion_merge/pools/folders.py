@@ -83,9 +83,14 @@ def _from_disk(folder: Path) -> Dataset | DatasetDict:
 
 def _files(folder: Path) -> list[PurePath]:
     """Return every file below a folder, relative to it and in order; hidden ones and `__MACOSX` do not count."""
+    if folder.resolve().parent == folder.resolve():
+        raise DataError(f"`{folder}` is the root of all files; give the folder of the images alone")
     found = []
+    above = {str(folder): {folder.resolve()}}  # a link to one of these would lead round in circles
     for where, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith((".", "__"))]
+        real = {f: (Path(where) / f).resolve() for f in folders if not f.startswith((".", "__"))}
+        folders[:] = [f for f, place in real.items() if place not in above[where]]
+        above |= {os.path.join(where, f): above[where] | {real[f]} for f in folders}  # noqa: PTH118 (as `walk` does)
         found += [(Path(where) / name).relative_to(folder) for name in names if not name.startswith(".")]
     return sorted(found)
 

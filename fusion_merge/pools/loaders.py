@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fusion_merge.errors import DataError
+from fusion_merge.errors import DataError, reason
 from fusion_merge.pools.datasets import ImageTask
 
 
@@ -65,6 +65,8 @@ class TaskImages(Dataset[tuple[Tensor, int]]):
         return len(self.task)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")  # which ends an iteration
         if self._cache is None:
             return self._read(index)
         if index not in self._cache:
@@ -76,12 +78,18 @@ class TaskImages(Dataset[tuple[Tensor, int]]):
             image, label = self.task.item(index)
         except DataError:
             raise
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"cannot read image {index} of `{self.task.name}`: {error}") from error
+        except Exception as error:  # decoders of images raise errors of every kind
+            raise DataError(f"cannot read image {index} of `{self.task.name}`: {reason(error)}") from error
         try:
-            return self._preprocess(image), label
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"cannot use image {index} of `{self.task.name}`: {error}") from error
+            pixels = self._preprocess(image)
+        except Exception as error:  # and so do processors
+            raise DataError(f"cannot use image {index} of `{self.task.name}`: {reason(error)}") from error
+        if not torch.isfinite(pixels).all():
+            raise DataError(
+                f"image {index} of `{self.task.name}` has NaN or infinite values after preprocessing; "
+                "look at the mean, the deviation and the factor of the processor"
+            )
+        return pixels, label
 
 
 class EndlessBatches(Sampler[list[int]]):

@@ -77,6 +77,8 @@ class CLIPVisionModelPool:
                 f"the model pool has no `{PRETRAINED}` among {', '.join(models or ()) or 'nothing'}; "
                 f"give `models={_EXAMPLE}`"
             )
+        if type(fast_dev_run) is not bool:
+            raise ConfigError(f"`fast_dev_run`={fast_dev_run!r} of the model pool is neither true nor false")
         if platform not in PLATFORMS:
             raise ConfigError(f"`platform`={platform!r} is not supported; only `hf` is")
         self._sources = {name: source for name, source in models.items() if source is not None}
@@ -239,6 +241,7 @@ class CLIPVisionModelPool:
             state = LazyState(files.weights, canonical_names)
             if not state:
                 raise ModelError(f"{self._call(name)} holds no tensor of a CLIP vision tower")
+            state.check_floating()
             return config, state
         module = self._instantiate(name, source) if isinstance(source, Mapping) else source
         if not isinstance(module, nn.Module):
@@ -247,6 +250,11 @@ class CLIPVisionModelPool:
             n: t.to("cpu", torch.float32) if t.is_floating_point() else t for n, t in module_state(module).items()
         }
         for tensor_name, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                raise ModelError(
+                    f"{self._call(name)} holds {tensor.dtype} values in `{tensor_name}`; "
+                    "give a model whose weights are floating-point numbers"
+                )
             if not torch.isfinite(tensor).all():
                 raise ModelError(f"{self._call(name)} holds NaN or infinite values in `{tensor_name}`")
         return module_config(module), tensors

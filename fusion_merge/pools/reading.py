@@ -20,6 +20,7 @@ from datasets import (
 from hydra.utils import instantiate
 
 from fusion_merge.errors import DataError
+from fusion_merge.files import misspelt
 from fusion_merge.pools.folders import read_file, read_folder, split_called
 from fusion_merge.zoo import SCHEME
 
@@ -106,6 +107,8 @@ def _load_path(source: str, split: str | None, purpose: Purpose) -> Any:
         return read_file(local)
     if local.is_dir():
         return read_folder(local)
+    if meant := misspelt(source):
+        raise DataError(meant)
     if source.startswith((".", "/", "~")):
         raise DataError(f"`{source}` does not exist; give a folder of images, parquet, a saved dataset or a hub id")
     hub_id, _, revision = source.partition("@")

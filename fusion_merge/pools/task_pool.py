@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -23,10 +24,13 @@ from fusion_merge.models.clip import (
     check_whole_clip,
     load_clip,
     load_processor,
+    module_config,
     pooled_output,
     split_processor,
+    vision_config,
 )
 from fusion_merge.models.task_models import TaskModels
+from fusion_merge.options import LARGEST
 from fusion_merge.pools.datasets import ImageTask, make_task
 from fusion_merge.pools.heads import ZeroShotHead, zero_shot_head
 from fusion_merge.pools.loaders import Placement, TaskImages, evaluation_loader, fitting_workers
@@ -107,6 +111,8 @@ class CLIPVisionModelTaskPool(TaskPool):
         for name in specs:
             if name in RESERVED:
                 raise DataError(f"a task cannot be called `{name}`: the report needs that name; choose another")
+        if type(fast_dev_run) is not bool:
+            raise ConfigError(f"`fast_dev_run`={fast_dev_run!r} of the task pool is neither true nor false")
         self.batch_size, self.num_workers = _loader_options(batch_size, num_workers, dataloader_kwargs or {})
         self.fast_dev_run = fast_dev_run
         self.split = split
@@ -157,8 +163,26 @@ class CLIPVisionModelTaskPool(TaskPool):
             name: one of `task_names`.
         """
         if name not in self._images:
-            self._images[name] = TaskImages(self.task(name), self.processor.preprocess)
+            images = TaskImages(self.task(name), self.processor.preprocess)
+            self._check_size(images)
+            self._images[name] = images
         return self._images[name]
+
+    def _check_size(self, images: TaskImages) -> None:
+        """Refuse a processor that makes images of another size than the CLIP model takes."""
+        source = self._clip_source
+        if isinstance(source, Reference):
+            config = vision_config(source.files().config, where=f"`{source}`")
+        elif isinstance(source, CLIPModel):
+            config = module_config(source)
+        else:
+            return
+        found, expected = tuple(images[0][0].shape), (config.num_channels, config.image_size, config.image_size)
+        if found != expected:
+            raise DataError(
+                f"the processor makes images of shape {found} for task `{images.task.name}`, but the CLIP model takes "
+                f"{expected}; give the `processor` that belongs to it, and images in three channels"
+            )
 
     def head(self, name: str) -> ZeroShotHead:
         """Return a task's zero-shot head; it is computed once.
@@ -260,7 +284,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         head = self.head(name).to(placement.device)
         classes = len(self.task(name).classnames)
         accuracy = MulticlassAccuracy(max(classes, 2), average="micro").to(placement.device)
-        loss = MeanMetric().to(placement.device)
+        loss = MeanMetric(nan_strategy=math.inf).to(placement.device)  # NaN must not be left out of the mean
         loader = evaluation_loader(
             self.images(name),
             self.batch_size,
@@ -276,7 +300,13 @@ class CLIPVisionModelTaskPool(TaskPool):
             logits = head(pooled.float()).float()  # (B, C); the head in full precision, as in adaptation
             accuracy.update(logits.argmax(dim=-1), labels)
             loss.update(F.cross_entropy(logits, labels, reduction="none"))
-        return {"accuracy": accuracy.compute().item(), "loss": loss.compute().item()}
+        scores = {"accuracy": accuracy.compute().item(), "loss": loss.compute().item()}
+        if not math.isfinite(scores["loss"]):
+            raise ModelError(
+                f"the loss on task `{name}` is no finite number: the model's outputs are not; choose smaller merging "
+                "coefficients, or look for broken weights"
+            )
+        return scores
 
 
 def _specs(tasks: Any, test_datasets: Any) -> dict[str, Any]:
@@ -328,8 +358,12 @@ def _loader_options(batch_size: Any, num_workers: Any, more: Mapping[str, Any]) 
         if key in fixed and value not in fixed[key]:
             raise ConfigError(f"`{key}`={value!r} is not possible: each image is scored once, in order")
     for key, least in (("batch_size", 1), ("num_workers", 0)):
-        if type(options[key]) is not int or options[key] < least:
-            raise ConfigError(f"`{key}`={options[key]!r} of the task pool is not a whole number of at least {least}")
+        if type(options[key]) is not int or not least <= options[key] <= LARGEST:
+            huge = isinstance(options[key], int) and abs(options[key]) > LARGEST  # too many digits to show
+            raise ConfigError(
+                f"`{key}`={'…' if huge else repr(options[key])} of the task pool is not a whole number of at least "
+                f"{least} and at most {LARGEST}"
+            )
     return options["batch_size"], options["num_workers"]
 
 

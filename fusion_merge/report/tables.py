@@ -43,7 +43,7 @@ def model_size(info: Mapping[str, float]) -> str:
         info: what `model_info` returned.
     """
     return (
-        f"{info['all_params']:,} parameters, {info['trainable_params']:,} of them trained "
+        f"{info['all_params']:,} parameters, {info['trainable_params']:,} of them trainable "
         f"({100 * info['trainable_percentage']:.2f} %)"
     )
 
@@ -65,8 +65,10 @@ def written_report(report: Mapping[str, Any], table: str, pictures: Sequence[str
     adaptation = run.get("adaptation")
     if adaptation:
         end = ", ended early by an interrupt" if adaptation["interrupted"] else ""
+        begun = adaptation.get("resumed_at")
+        resumed = f", going on from step {begun} of an earlier run" if begun else ""
         lines += [
-            f"Routers adapted for {adaptation['steps']} steps in {adaptation['seconds']:.1f} s{end}.",
+            f"Routers adapted for {adaptation['steps']} steps in {adaptation['seconds']:.1f} s{resumed}{end}.",
             "",
         ]
         for task, step in adaptation["collapsed"].items():

@@ -434,7 +434,7 @@ def test_a_router_is_pruned_after_adaptation_and_after_loading_alike(modelpool, 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"position_encoding_dim": 7}, "`position_encoding_dim`=7 is odd"),
+        ({"position_encoding_dim": 7}, "`position_encoding_dim`=7 is odd or too wide"),
         ({"position_encoding": True, "shared_gate": False}, "`shared_gate`=True, not False"),
         ({"position_encoding": True, "router_hidden_layers": 0}, "`router_hidden_layers` 1 or 2, not 0"),
     ],

@@ -82,6 +82,7 @@ def test_run_writes_its_output_folder_and_what_was_asked_for_and_nothing_else(fi
     assert files_in(cwd / "kept") == [
         "copy.json",
         "merged",
+        "merged/README.md",
         "merged/config.json",
         "merged/model.safetensors",
         "routers.ckpt",

@@ -48,12 +48,14 @@ def test_command_of_the_readme_runs(command, home):
     assert result.out.strip()
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_of_the_readme_runs(code, home):
-    quicker = code.replace("max_steps=200", "max_steps=2")
+def test_python_of_the_readme_runs_from_the_first_line_to_the_last(home):
+    code = "\n".join(blocks("python")).replace("max_steps=200", "max_steps=2")
+    names = {}
     with contextlib.chdir(home):
-        exec(compile(quicker, "README.md", "exec"), {})
+        exec(compile(code, "README.md", "exec"), names)
     assert (home / "merged" / "config.json").is_file()
+    assert names["probabilities"].shape == (1, 2)
+    assert names["probabilities"].sum().item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("command", commands("make"))

@@ -10,9 +10,8 @@ from helpers import BANKS, apply_delta, make_bank, random_linear, random_task_ve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion_merge.moe import DenseExperts, LinearRouter, MoELinear, MoEMLP, Routing
 from fusion_merge.moe.experts import TaskVector
-from fusion_merge.task_vectors import magnitude_prune, task_arithmetic, truncated_svd
+from fusion_merge.task_vectors import magnitude_prune, num_survivors, task_arithmetic, truncated_svd
 
 quick = settings(deadline=None, max_examples=30, derandomize=True)
 
@@ -70,35 +69,19 @@ def test_the_order_of_tasks_permutes_experts_and_nothing_else(layer, batch, rand
 
 
 @quick
-@given(sizes, sizes, st.integers(1, 4), st.integers(0, 4), st.floats(-3, 3), dtypes, seeds)
-def test_an_expert_equal_to_the_pretrained_model_changes_nothing(inputs, outputs, tasks, at, coefficient, dtype, seed):
-    vectors = random_task_vectors(tasks, outputs, inputs, seed=seed, dtype=dtype)
-    nothing = TaskVector(torch.zeros(outputs, inputs, dtype=dtype), torch.zeros(outputs, dtype=dtype))
-    at = min(at, tasks)
-    more = [*vectors[:at], nothing, *vectors[at:]]
-    base, x = random_linear(inputs, outputs, seed=seed, dtype=dtype), _draw((2, 3, inputs), seed, dtype)
-    g = _draw((2, tasks), seed + 1, dtype)
-    with_nothing = torch.cat([g[:, :at], torch.full((2, 1), coefficient, dtype=dtype), g[:, at:]], dim=1)
-    expected = DenseExperts.from_task_vectors(vectors)(x, g, base)
-    torch.testing.assert_close(DenseExperts.from_task_vectors(more)(x, with_nothing, base), expected, **TOLERANCE)
-
-
-@quick
-@given(layers(), sizes, st.sampled_from([0, 1, 2]), seeds)
-def test_a_sample_does_not_see_its_batch_mates(layer, batch, depth, seed):
-    bank, dtype, inputs = layer["make"](layer["vectors"]), layer["dtype"], layer["inputs"]
-    back = random_task_vectors(len(layer["vectors"]), inputs, layer["base"].out_features, seed=seed, dtype=dtype)
-    router = LinearRouter(inputs, bank.num_coefficients, 0.3, torch.Generator().manual_seed(seed)).to(dtype)
-    router.out.weight.data *= 50 * (depth + 1)
-    mlp = MoEMLP(
-        MoELinear(layer["base"], bank),
-        torch.nn.GELU(),
-        MoELinear(random_linear(layer["base"].out_features, inputs, seed=seed, dtype=dtype), layer["make"](back)),
-        router,
-        Routing.SAMPLE,
-    )
-    x = _draw((batch, 3, inputs), seed, dtype)
-    torch.testing.assert_close(mlp(x)[:1], mlp(x[:1]), **TOLERANCE)
+@given(layers(), st.integers(0, 4), st.floats(-3, 3))
+def test_an_expert_equal_to_the_pretrained_model_changes_nothing(layer, at, coefficient):
+    vectors, dtype, seed, per_task = layer["vectors"], layer["dtype"], layer["seed"], layer["per_task"]
+    nothing = TaskVector(*(torch.zeros_like(tensor) for tensor in vectors[0]))
+    at = min(at, len(vectors))
+    bank, more = layer["make"](vectors), layer["make"]([*vectors[:at], nothing, *vectors[at:]])
+    assert more.num_coefficients == bank.num_coefficients + per_task
+    x = _draw((2, 3, layer["inputs"]), seed + 2, dtype)
+    g = _draw((2, bank.num_coefficients), seed + 3, dtype)
+    extra = torch.full((2, per_task), coefficient, dtype=dtype)
+    with_nothing = torch.cat([g[:, : at * per_task], extra, g[:, at * per_task :]], dim=1)
+    expected = bank(x, g, layer["base"])
+    torch.testing.assert_close(more(x, with_nothing, layer["base"]), expected, **TOLERANCE)
 
 
 @quick
@@ -121,6 +104,20 @@ def test_pruning_keeps_the_largest_entries_and_at_most_their_share(size, ratio, 
     assert kept.sum().item() <= math.ceil((1 - ratio) * (size - 1))
     if kept.any() and not kept.all():
         assert tensor[kept].abs().min() > tensor[~kept].abs().max()
+
+
+@quick
+@given(st.integers(1, 5000), st.floats(0.0, 0.9999), seeds)
+def test_the_number_of_survivors_is_known_beforehand(size, ratio, seed):
+    distinct = 1 + torch.randperm(size, generator=torch.Generator().manual_seed(seed)).float()
+    assert magnitude_prune(distinct, ratio).count_nonzero() == num_survivors(size, ratio)
+
+
+@quick
+@given(st.integers(1, 60), st.floats(0.0, 0.999), st.integers(0, 3), seeds)
+def test_equal_magnitudes_and_zeros_leave_fewer_survivors(size, ratio, largest, seed):
+    tied = torch.randint(-largest, largest + 1, (size,), generator=torch.Generator().manual_seed(seed)).float()
+    assert magnitude_prune(tied, ratio).count_nonzero() <= num_survivors(size, ratio)
 
 
 @quick

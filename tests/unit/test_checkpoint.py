@@ -129,8 +129,16 @@ def test_what_does_not_fit_is_refused_with_what_differs(saved, change, message):
     _refused(saved, message, BELONGS_TO | change)
 
 
-def test_all_differences_are_listed(saved):
-    _refused(saved, "`method` .*; `tasks`", BELONGS_TO | {"method": "other", "tasks": ["x"]})
+def test_the_difference_that_tells_most_comes_alone(saved):
+    fingerprints = dict.fromkeys(BELONGS_TO["fingerprints"], "zz")
+    other = BELONGS_TO | {"tasks": ["x"], "fingerprints": fingerprints}
+    _refused(saved, r"does not fit: `tasks` is \['cats', 'dogs'\] there and \['x'\] here$", other)
+    _refused(saved, "does not fit: `method` is 'wemoe' there and 'e_wemoe' here$", other | {"method": "e_wemoe"})
+
+
+def test_all_other_differences_are_listed(saved):
+    fingerprints = dict.fromkeys(BELONGS_TO["fingerprints"], "zz")
+    _refused(saved, "`fingerprints._pretrained_` .*; `fingerprints.cats`", BELONGS_TO | {"fingerprints": fingerprints})
 
 
 def test_numbers_of_equal_value_do_not_differ(saved):

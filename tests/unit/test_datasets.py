@@ -529,7 +529,9 @@ def test_underscores_of_label_names_may_be_spaces():
 
 @pytest.mark.parametrize("given", [["tabby", "lion"], ["lion", "siamese"], ["lion", "siamese", "tabby"]])
 def test_label_name_in_the_place_of_another_is_refused(given):
-    with pytest.raises(DataError, match=r"`classnames` of `cats` has '\w+' at place \d.*in the order siamese, tabby"):
+    with pytest.raises(
+        DataError, match=r"has \d names, of which '\w+' is one of the 2 .*not at its place.*Give all of siamese, tabby"
+    ):
         make_task("cats", {"data": dataset(), "classnames": given})
 
 

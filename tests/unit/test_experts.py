@@ -8,8 +8,14 @@ from helpers import BANKS, apply_delta, make_bank, random_linear, random_task_ve
 
 from fusion_merge.errors import ConfigError
 from fusion_merge.moe import DenseExperts, LowRankExperts, SparseExperts
-from fusion_merge.moe.experts import TaskVector, empty_experts
-from fusion_merge.task_vectors import magnitude_prune
+from fusion_merge.moe.experts import (
+    TaskVector,
+    dense_spec,
+    empty_experts,
+    low_rank_spec,
+    sparse_spec,
+)
+from fusion_merge.task_vectors import magnitude_prune, num_survivors
 
 N, OUT, IN, B, T = 3, 7, 5, 4, 2
 
@@ -170,3 +176,25 @@ def test_an_empty_bank_takes_the_state_that_its_spec_was_made_from(bank):
 def test_an_unknown_kind_of_bank_is_refused():
     with pytest.raises(ConfigError, match="`quantum` is unknown"):
         empty_experts({"kind": "quantum", "num_tasks": 1}, IN, OUT)
+
+
+def test_a_spec_is_known_before_its_bank_is_made():
+    vectors = random_task_vectors(N, OUT, IN)
+    assert make_bank("dense", vectors).spec() == dense_spec(N)
+    assert make_bank("sparse", vectors, ratio=0.6).spec() == sparse_spec(N, N * num_survivors(OUT * IN, 0.6))
+    assert make_bank("low_rank", vectors, rank=4).spec() == low_rank_spec(N, 4, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("entries", "ratio", "survivors"),
+    [
+        (1, 0.0, 0),
+        (35, 0.0, 34),
+        (35, 0.6, 14),
+        (101, 0.29, 71),
+        (3072 * 768, 0.9, 235_930),
+        (3072 * 768, 0.99, 23_593),
+    ],
+)
+def test_survivors_are_strictly_above_the_quantile(entries, ratio, survivors):
+    assert num_survivors(entries, ratio) == survivors

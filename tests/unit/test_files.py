@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from fusion_merge.errors import ConfigError, FusionMergeError
-from fusion_merge.files import atomic, check_writable, write_text
+from fusion_merge.files import atomic, check_writable, misspelt, write_text
 
 
 def _names(folder) -> list[str]:
@@ -135,3 +135,17 @@ def test_place_without_permission_is_refused(places, monkeypatch, place, locked)
     monkeypatch.setattr(os, "access", lambda path, mode: path != forbidden)
     with pytest.raises(ConfigError, match="no permission for"):
         check_writable(places / place, "report_save_path")
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "~nobody_at_all/file", "a\0b"])
+def test_a_path_that_no_file_can_have_is_refused(path):
+    with pytest.raises(ConfigError, match="`here`=.* cannot be written"):
+        check_writable(path, "here")
+
+
+def test_a_path_that_nearly_exists_is_taken_for_a_slip(tmp_path, monkeypatch):
+    (tmp_path / "models" / "cats").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert misspelt("models/catz") == "`models/catz` does not exist; did you mean `models/cats`?"
+    for path in ("models/cats", "models/zebra", "openai/clip-vit-base-patch32", "catz"):
+        assert misspelt(path) is None

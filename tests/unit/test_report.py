@@ -49,7 +49,7 @@ def test_task_called_like_a_number_is_left_as_it_is():
 
 def test_size_of_a_model_in_words():
     info = {"trainable_params": 1234, "all_params": 1_234_567, "trainable_percentage": 1234 / 1_234_567}
-    assert model_size(info) == "1,234,567 parameters, 1,234 of them trained (0.10 %)"
+    assert model_size(info) == "1,234,567 parameters, 1,234 of them trainable (0.10 %)"
 
 
 # The written report

@@ -273,6 +273,9 @@ class _CountingSlice:
     def get_shape(self) -> list[int]:
         return self._real.get_shape()
 
+    def get_dtype(self) -> str:
+        return self._real.get_dtype()
+
     def __getitem__(self, index) -> torch.Tensor:
         return self._file._count(self._name, self._real[index])
 

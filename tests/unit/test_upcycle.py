@@ -19,6 +19,7 @@ from fusion_merge.moe import (
     SoftTopK,
     find_mlps,
     moe_layers,
+    route_mlps,
     upcycle_mlps,
 )
 from fusion_merge.task_vectors import task_arithmetic
@@ -189,3 +190,38 @@ def test_lazily_read_states_are_read_one_tensor_at_a_time():
 
     _upcycle(tower, tower.state_dict(), [Lazy(finetuned[0])])
     assert read == [f"layers.{i}.{fc}.{t}" for i in range(2) for fc in ("fc1", "fc2") for t in ("weight", "bias")]
+
+
+def _route(model, **options):
+    def bank(_path, linear):
+        weight = torch.ones(3, linear.out_features, linear.in_features)
+        return DenseExperts(weight, torch.ones(3, linear.out_features))
+
+    return route_mlps(
+        model, make_bank=bank, make_router=lambda _i, _w, count: ConstantRouter(count), routing="batch", **options
+    )
+
+
+def test_routing_a_model_keeps_its_own_layers_as_bases_and_leaves_it_alone():
+    tower, _ = toy_states()
+    before, kinds = copied(tower.state_dict()), [type(m) for m in tower.modules()]
+    routed = _route(tower)
+    for upcycled, plain in zip(routed.layers, tower.layers, strict=True):
+        assert same_state(upcycled.fc1.base.state_dict(), plain.fc1.state_dict())
+        assert upcycled.routing is Routing.BATCH
+    torch.testing.assert_close(routed(_x()), tower(_x()))  # all coefficients are zero
+    assert same_state(tower.state_dict(), before)
+    assert [type(m) for m in tower.modules()] == kinds
+    assert all(p.requires_grad for p in tower.parameters())
+
+
+def test_a_model_on_the_meta_device_is_routed_without_memory():
+    with torch.device("meta"):
+        routed = _route(ToyTower(), selection=SoftTopK(2))
+    assert all(t.is_meta for t in (*routed.parameters(), *routed.buffers()))
+    assert {layer.selection.k for layer in moe_layers(routed).values()} == {2}
+
+
+def test_there_is_nothing_to_route_without_mlps():
+    with pytest.raises(ModelError, match="`Linear` has no MLP"):
+        _route(nn.Linear(2, 2))

@@ -1,0 +1,89 @@
+"""From task pools to what adaptation reads: endless batches of each task's images, from where it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fusion_merge.adaptation.loop import TaskStream
+from fusion_merge.adaptation.progress import Progress
+from fusion_merge.adaptation.runtime import Fabric, placement_of
+from fusion_merge.pools.loaders import adaptation_loader, fitting_workers
+from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
+
+
+def task_streams(
+    pools: Mapping[str, CLIPVisionModelTaskPool],
+    fabric: Fabric,
+    *,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+    start: int = 0,
+) -> dict[str, TaskStream]:
+    """Return the stream of each task.
+
+    Args:
+        pools: for each task, the pool that has its images and head.
+        fabric: where they go, and which share of them this process takes.
+        batch_size: images of each task a step.
+        seed: of the image order; each task has another.
+        num_workers: the most worker processes a task; sized to the machine.
+        start: the step to begin at.
+    """
+    placement = placement_of(fabric)
+    workers = fitting_workers(num_workers, len(pools))
+    return {
+        name: TaskStream(
+            batches=iter(
+                adaptation_loader(
+                    pool.images(name),
+                    batch_size,
+                    seed * 1009 + index,
+                    workers=workers,
+                    placement=placement,
+                    start=start,
+                )
+            ),
+            head=pool.head(name).to(fabric.device),
+            num_classes=len(pool.task(name).classnames),
+        )
+        for index, (name, pool) in enumerate(pools.items())
+    }
+
+
+def open_progress(
+    folder: str,
+    name: str,
+    belongs_to: Mapping[str, Any],
+    pools: Mapping[str, CLIPVisionModelTaskPool],
+    fabric: Fabric,
+    *,
+    save_every: int,
+    resume: bool,
+) -> Progress:
+    """Return where the state of one adaptation is kept: its file is named after all that it depends on.
+
+    Args:
+        folder: where the file is.
+        name: what the file's name begins with.
+        belongs_to: the model and the options that the adaptation depends on, as plain values.
+        pools: for each task, the pool that has its images.
+        fabric: where it is computed.
+        save_every: steps between two savings.
+        resume: go on from the file, if it is there.
+
+    Raises:
+        CheckpointError: if there is a file to go on from, and it cannot be read or does not fit.
+    """
+    whole = {
+        **belongs_to,
+        "images": {task: len(pool.images(task)) for task, pool in pools.items()},
+        "processes": fabric.world_size,
+        "precision": str(fabric.strategy.precision.precision),
+    }
+    key = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
+    return Progress(Path(folder).expanduser() / f"{name}-{key}.progress", whole, save_every, resume=resume)
