@@ -57,9 +57,12 @@ def check_writable(path: Path | str, what: str, *, kind: Literal["file", "folder
     wrong = f"`{what}`={str(path)[:200]!r} cannot be written:"
     try:
         target = Path(path).expanduser().absolute()
-        existing = next(p for p in (target, *target.parents) if p.exists())
+        target.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
     except (OSError, RuntimeError, ValueError) as error:  # too long, the home of nobody, or a zero byte
         raise ConfigError(f"{wrong} {reason(error)[:100]}; name another place") from error
+    existing = next(p for p in (target, *target.parents) if p.exists())
     if existing == target and kind == "file" and target.is_dir():
         raise ConfigError(f"{wrong} `{target}` is a folder; name a file, for example one in that folder")
     if not existing.is_dir() and (existing != target or kind == "folder"):

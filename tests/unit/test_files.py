@@ -139,7 +139,7 @@ def test_place_without_permission_is_refused(places, monkeypatch, place, locked)
 
 @pytest.mark.parametrize("path", ["x" * 5000, "~nobody_at_all/file", "a\0b"])
 def test_a_path_that_no_file_can_have_is_refused(path):
-    with pytest.raises(ConfigError, match="`here`=.* cannot be written"):
+    with pytest.raises(ConfigError, match=r"`here`=.* cannot be written"):
         check_writable(path, "here")
 
 
