@@ -1,6 +1,7 @@
 # make run    merge the embedded pool of eight models, adapt, score, report
 # make test   run all tests, JOBS of them at a time
 # make test-transformers4   run those that depend on transformers' version with transformers 4.57, in .venv-transformers4
+# make bench  time the routed layers beside a plain MLP and fusion-bench's
 # make lint   style and types
 # make clean  remove the environment and the caches; what runs wrote to outputs/ is yours and stays
 # Each makes .venv where it is missing and installs what it needs, in the tested versions of constraints.txt.
@@ -14,7 +15,7 @@ TRANSFORMERS4 := .venv-transformers4
 VERSIONED := tests/contract tests/parity tests/unit/test_clip.py tests/unit/test_merged.py tests/unit/test_model_pool.py \
 	tests/unit/test_sources.py tests/unit/test_task_pool.py
 
-.PHONY: run test test-transformers4 lint clean
+.PHONY: run test test-transformers4 bench lint clean
 
 run: $(VENV)/.installed-run
 	$(BIN)/fusion_merge $(ARGS)
@@ -24,6 +25,9 @@ test: $(VENV)/.installed-dev
 
 test-transformers4: $(TRANSFORMERS4)/.installed
 	$(TRANSFORMERS4)/bin/python -m pytest -n $(JOBS) --dist loadscope $(VERSIONED)
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/layers.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

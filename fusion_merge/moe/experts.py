@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from fusion_merge.errors import ConfigError
+from fusion_merge.moe.row_blocks import merged_linear
 from fusion_merge.task_vectors import magnitude_prune, truncated_svd
 
 
@@ -106,8 +106,13 @@ class DenseExperts(Experts):
         return cls(torch.stack([t.weight for t in task_vectors]), torch.stack([t.bias for t in task_vectors]))
 
     def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
-        """See `Experts.forward`: all merged weights of the batch are built in one product."""
-        return _merged_linear(x, coefficients, base, self.weight, self.bias)
+        """See `Experts.forward`."""
+        bias = torch.addmm(base.bias.unsqueeze(0), coefficients, self.bias)  # (B, O) or (1, O)
+        return merged_linear(x, coefficients, base.weight, bias, self.rows)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """See `row_blocks.Rows`."""
+        return self.weight[:, first:last]  # (N, rows, I)
 
     def delta(self, coefficients: Tensor) -> LinearDelta:
         """See `Experts.delta`."""
@@ -124,34 +129,35 @@ class SparseExperts(Experts):
 
     .. math:: W = W_0 + \sum_n g_n \,(\tau_n \odot M_n), \qquad b = b_0 + \sum_n g_n \,(\beta_n \odot m_n)
 
-    Weights are kept in compressed rows (value, 16-bit column, 32-bit row pointer): 6 bytes for each entry that
+    Weights are kept in compressed rows (value, 16-bit column, 32-bit start of each row): 6 bytes for each entry that
     survives instead of 4 for each entry, so 90 % pruning takes about 15 % of the dense bank. Biases are short and
     kept as they are, zeros included.
 
     Args:
-        values: the surviving entries of all task vectors, row after row, task after task.
+        values: the surviving entries, output row after output row and within one task after task, so that a block of
+            rows of all tasks lies together.
         columns: the column of each of them.
-        row_pointers: where each row begins in `values`, and the end.
+        starts: where each task's part of each row begins in `values`, and the end.
         bias: the pruned biases.
         in_features: I, at most 32,767.
 
     Shape:
-        values (S,), columns (S,) int16, row_pointers (N·O + 1,) int32, bias (N, O); K = N.
+        values (S,), columns (S,) int16, starts (O·N + 1,) int32, bias (N, O); K = N.
 
     Source: E-WEMoE, arXiv 2410.21804. The reference stores the zeros; this bank does not.
     """
 
     columns: Tensor
-    row_pointers: Tensor
+    starts: Tensor
 
-    def __init__(self, values: Tensor, columns: Tensor, row_pointers: Tensor, bias: Tensor, in_features: int) -> None:
+    def __init__(self, values: Tensor, columns: Tensor, starts: Tensor, bias: Tensor, in_features: int) -> None:
         super().__init__()
         if in_features > torch.iinfo(torch.int16).max:
             raise ConfigError(f"`in_features`={in_features} is above 32767, the widest layer of a sparse bank")
         self.values = nn.Parameter(values, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)
         self.register_buffer("columns", columns)
-        self.register_buffer("row_pointers", row_pointers)
+        self.register_buffer("starts", starts)
         self.in_features = in_features
         self.num_coefficients = bias.shape[0]
 
@@ -165,12 +171,30 @@ class SparseExperts(Experts):
         """
         pruned = torch.stack([magnitude_prune(t.weight, prune_ratio) for t in task_vectors])  # (N, O, I)
         bias = torch.stack([magnitude_prune(t.bias, prune_ratio) for t in task_vectors])  # (N, O)
-        rows = pruned.flatten(0, 1)  # (N·O, I)
+        rows = pruned.transpose(0, 1).flatten(0, 1)  # (O·N, I)
         kept = rows != 0
-        counts = kept.sum(dim=1).cumsum(dim=0)  # (N·O,)
-        pointers = torch.cat([counts.new_zeros(1), counts])  # (N·O + 1,)
+        counts = kept.sum(dim=1).cumsum(dim=0)  # (O·N,)
+        starts = torch.cat([counts.new_zeros(1), counts])  # (O·N + 1,)
         columns = kept.nonzero()[:, 1]  # (S,)
-        return cls(rows[kept], columns.to(torch.int16), pointers.to(torch.int32), bias, rows.shape[1])
+        return cls(rows[kept], columns.to(torch.int16), starts.to(torch.int32), bias, rows.shape[1])
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """See `row_blocks.Rows`: the rows are expanded as they are asked for."""
+        num_tasks, height = self.bias.shape[0], last - first
+        starts = self.starts[first * num_tasks : last * num_tasks + 1].long()  # (rows·N + 1,)
+        found = slice(int(starts[0]), int(starts[-1]))
+        row, task = torch.arange(height, device=starts.device)[:, None], torch.arange(num_tasks, device=starts.device)
+        corners = ((task * height + row) * self.in_features).flatten()  # (rows·N,): where each row begins below
+        positions = corners.repeat_interleave(starts.diff(), output_size=found.stop - found.start)
+        positions += self.columns[found]
+        dense = self.values.new_zeros(num_tasks * height * self.in_features)
+        dense[positions] = self.values[found]
+        return dense.view(num_tasks, height, self.in_features)  # (N, rows, I)
+
+    def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
+        """See `Experts.forward`."""
+        bias = torch.addmm(base.bias.unsqueeze(0), coefficients, self.bias)  # (B, O) or (1, O)
+        return merged_linear(x, coefficients, base.weight, bias, self.rows)
 
     def expand(self) -> Tensor:
         """Return the pruned task vectors as a dense tensor.
@@ -178,23 +202,7 @@ class SparseExperts(Experts):
         Shape:
             → (N, O, I).
         """
-        num_tasks, out_features = self.bias.shape
-        counts = self.row_pointers.diff().long()  # (N·O,)
-        row_starts = torch.arange(counts.numel(), device=counts.device) * self.in_features  # (N·O,)
-        positions = row_starts.repeat_interleave(counts) + self.columns.long()  # (S,)
-        dense = self.values.new_zeros(num_tasks * out_features * self.in_features)  # (N·O·I,)
-        dense[positions] = self.values
-        return dense.view(num_tasks, out_features, self.in_features)
-
-    def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
-        """See `Experts.forward`: for the gradient the bank is expanded again, so that no dense copy of it is kept."""
-        if torch.is_grad_enabled() and (x.requires_grad or coefficients.requires_grad):
-            kept = checkpoint(self._forward, x, coefficients, base, use_reentrant=False, preserve_rng_state=False)
-            return cast(Tensor, kept)
-        return self._forward(x, coefficients, base)
-
-    def _forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
-        return _merged_linear(x, coefficients, base, self.expand(), self.bias)
+        return self.rows(0, self.bias.shape[1])
 
     def delta(self, coefficients: Tensor) -> LinearDelta:
         """See `Experts.delta`."""
@@ -334,16 +342,6 @@ def empty_experts(spec: dict[str, Any], in_features: int, out_features: int) -> 
         left, right = torch.zeros(out_features, size), torch.zeros(size, in_features)
         return LowRankExperts(left, right, bias, spec["bias_scaling"])
     raise ConfigError(f"expert bank of kind `{kind}` is unknown; known are dense, sparse and low_rank")
-
-
-def _merged_linear(x: Tensor, coefficients: Tensor, base: nn.Linear, weight: Tensor, bias: Tensor) -> Tensor:
-    """Merge the weights of every sample (or of the batch) in one product, then apply them in one batched one."""
-    merged_bias = torch.addmm(base.bias.unsqueeze(0), coefficients, bias)  # (B, O) or (1, O)
-    merged = torch.addmm(base.weight.flatten().unsqueeze(0), coefficients, weight.flatten(1))  # (B, O·I) or (1, O·I)
-    merged = merged.view(-1, *base.weight.shape)  # (B, O, I) or (1, O, I)
-    if merged.shape[0] == 1:
-        return F.linear(x, merged[0], merged_bias[0])  # (B, T, O)
-    return torch.baddbmm(merged_bias.unsqueeze(1), x, merged.transpose(1, 2))  # (B, T, O)
 
 
 def _dense_delta(coefficients: Tensor, weight: Tensor, bias: Tensor) -> LinearDelta:

@@ -120,7 +120,7 @@ def test_sparse_experts_store_the_survivors_alone():
     bank = SparseExperts.from_task_vectors(random_task_vectors(N, 40, 50), 0.9)
     assert bank.values.numel() == bank.columns.numel() == N * 200
     assert bank.columns.dtype == torch.int16
-    assert bank.row_pointers.dtype == torch.int32
+    assert bank.starts.dtype == torch.int32
     stored = sum(t.numel() * t.element_size() for t in bank.state_dict().values())
     assert stored < 0.2 * N * 40 * 50 * 4
 

@@ -236,3 +236,50 @@ def test_truncated_svd_gives_contiguous_factors_in_the_dtype_of_the_matrix():
 def test_impossible_ranks_are_refused_with_the_possible_ones(rank):
     with pytest.raises(ConfigError, match=rf"`rank`={rank} .*\(5, 3\).*1-3 or -1"):
         truncated_svd(torch.zeros(5, 3), rank)
+
+
+def _with_spectrum(values: torch.Tensor, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(rows, len(values), generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(columns, len(values), generator=generator)).Q
+    return left * values @ right.T
+
+
+SPECTRA = {
+    "fast": torch.logspace(0, -6, 256),
+    "slow": torch.linspace(1.0, 0.5, 256),
+    "power law": torch.arange(1, 257) ** -0.5,
+    "steps": torch.cat([torch.full((10,), 5.0), torch.full((246,), 0.1)]),
+    "low rank": torch.cat([torch.linspace(2.0, 1.0, 8), torch.zeros(248)]),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("rows_first", [True, False])
+@pytest.mark.parametrize("rank", [4, 16, 32])
+def test_truncated_svd_of_a_large_matrix_is_the_best_approximation_to_a_ten_thousandth(spectrum, rows_first, rank):
+    matrix = _with_spectrum(SPECTRA[spectrum], 512, 256)
+    matrix = matrix if rows_first else matrix.T.contiguous()
+    left, right = truncated_svd(matrix, rank)
+    best = torch.linalg.svdvals(matrix.double())[rank:].norm()
+    residual = (matrix.double() - left.double() @ right.double()).norm()
+    assert residual <= best * (1 + 1e-4) + 2e-6 * matrix.norm()
+    torch.testing.assert_close(left.T @ left, torch.eye(rank), atol=1e-4, rtol=0)
+    norms = right.norm(dim=1)
+    assert (norms.diff() <= 1e-4 * norms[0]).all()
+
+
+def test_truncated_svd_of_a_large_matrix_is_the_same_every_time():
+    matrix = _with_spectrum(SPECTRA["power law"], 512, 256)
+    first = truncated_svd(matrix, 8)
+    torch.rand(5)
+    assert all(torch.equal(a, b) for a, b in zip(first, truncated_svd(matrix, 8), strict=True))
+
+
+@pytest.mark.parametrize(("spectrum", "whole"), [("low rank", True), ("power law", False), ("fast", False)])
+def test_the_whole_decomposition_is_made_only_where_iteration_does_not_do(monkeypatch, spectrum, whole):
+    shapes = []
+    svd = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda m, *a: (shapes.append(min(m.shape)), svd(m, *a))[1])
+    truncated_svd(_with_spectrum(SPECTRA[spectrum], 512, 256), 16)
+    assert (256 in shapes) == whole
