@@ -214,7 +214,7 @@ def _iterated_svd(tall: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | No
         gains.append(found - captured)
         captured = found
         rest = total - captured
-        if rest < _NEARLY_ALL * total:
+        if rest <= _NEARLY_ALL * total:
             return None  # single precision cannot tell what is left: the exact decomposition can
         ratio = min(max(gains[-1] / gains[-2], 0.0), 0.95)
         if len(gains) > 2 and gains[-1] * ratio / (1 - ratio) <= _TOLERANCE * rest:

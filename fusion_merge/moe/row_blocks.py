@@ -78,22 +78,21 @@ class _MergedLinear(torch.autograd.Function):
         for_input, for_coefficients, _, for_bias, _ = ctx.needs_input_grad
         gradient = gradient.contiguous()
         one = coefficients.shape[0] == 1
-        dx = torch.zeros_like(x) if for_input else None  # (B, T, I)
-        dg = torch.zeros_like(coefficients) if for_coefficients else None  # (B, N) or (1, N)
+        exact = torch.promote_types(x.dtype, torch.float32)  # sums over blocks are not rounded to half precision
+        dx = torch.zeros_like(x, dtype=exact) if for_input else None  # (B, T, I)
+        dg = torch.zeros_like(coefficients, dtype=exact) if for_coefficients else None  # (B, N) or (1, N)
         for first, last in _blocks(x, coefficients, weight):
             block = ctx.rows(first, last).to(x.dtype)  # (N, rows, I)
             dy = gradient[..., first:last]  # (B, T, rows)
             if dx is not None:
                 merged = _merge(coefficients, weight[first:last], block)
-                if one:
-                    dx += torch.matmul(dy, merged[0])
-                else:
-                    dx.baddbmm_(dy, merged)
+                dx += torch.matmul(dy, merged[0]) if one else torch.bmm(dy, merged)
             if dg is not None:
                 left, right = (dy.flatten(0, 1), x.flatten(0, 1)) if one else (dy, x)
                 dw = torch.matmul(left.mT, right)  # (B, rows, I), or (rows, I) for the whole batch
                 dg += dw.reshape(coefficients.shape[0], -1) @ block.flatten(1).T
         db = gradient.sum(dim=(0, 1) if one else 1).view(coefficients.shape[0], -1) if for_bias else None
+        dx, dg = (d.to(x.dtype) if d is not None else None for d in (dx, dg))
         return dx, dg, None, db, None
 
 

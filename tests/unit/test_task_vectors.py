@@ -283,3 +283,10 @@ def test_the_whole_decomposition_is_made_only_where_iteration_does_not_do(monkey
     monkeypatch.setattr(torch.linalg, "svd", lambda m, *a: (shapes.append(min(m.shape)), svd(m, *a))[1])
     truncated_svd(_with_spectrum(SPECTRA[spectrum], 512, 256), 16)
     assert (256 in shapes) == whole
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30])
+def test_truncated_svd_of_a_large_matrix_of_nearly_nothing(value):
+    left, right = truncated_svd(torch.full((512, 256), value), 8)
+    assert torch.isfinite(left).all()
+    assert (left @ right).abs().max() <= 2 * value
