@@ -120,7 +120,7 @@ def adapt(
     update = _Update(parameters, optim)
     scaling = fabric.strategy.precision
     if progress is not None:
-        scaling.load_state_dict(progress.restore(record, guard, parameters, optim))
+        scaling.load_state_dict(progress.restore(record, guard, parameters, optim, update.before))
         record.resumed_at = record.steps
     for step in range(record.steps):  # so that the log is whole, whatever became of the earlier one
         log_metrics(fabric, {f"entropy/{name}": values[step] for name, values in record.entropy.items()}, step)
@@ -150,11 +150,11 @@ def adapt(
                 if bar.disable and fabric.is_global_zero and (step + 1) % max(1, max_steps // 10) == 0:
                     log.info("step %d of %d, entropy %.3f", step + 1, max_steps, metrics["entropy/mean"])
                 record.seconds = time.perf_counter() - start
-                log_metrics(fabric, metrics, step)
                 record.interrupted = any_process(fabric, interrupted.is_set())
                 last = record.interrupted or step + 1 == max_steps
                 if progress is not None and fabric.is_global_zero and (last or progress.due(step + 1)):
-                    progress.save(record, guard, parameters, optim, scaling.state_dict())
+                    progress.save(record, guard, parameters, optim, update.before, scaling.state_dict())
+                log_metrics(fabric, metrics, step)
                 if record.interrupted:
                     log.warning(
                         "interrupted after step %d of %d: going on with the routers as they are "
@@ -218,11 +218,11 @@ class _Update:
     def __init__(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         self._parameters = parameters
         self._optimizer = optimizer
-        self._before: list[Tensor] = []
+        self.before: list[Tensor] = []
 
     def take(self, step: int) -> None:
         before = [p.detach().clone() for p in self._parameters]
-        self._before = before
+        self.before = before
         try:
             self._optimizer.step()
         except RuntimeError as error:  # such as a step that no float can hold
@@ -239,7 +239,7 @@ class _Update:
 
     def take_back(self) -> None:
         """Put back the parameters that were there before the last step."""
-        for parameter, value in zip(self._parameters, self._before, strict=False):
+        for parameter, value in zip(self._parameters, self.before, strict=False):
             parameter.data.copy_(value)
 
 

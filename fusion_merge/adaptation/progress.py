@@ -68,6 +68,7 @@ class Progress:
         guard: CollapseGuard,
         parameters: list[nn.Parameter],
         optimizer: torch.optim.Optimizer,
+        before: list[Tensor],
         precision: Mapping[str, Any],
     ) -> None:
         """Write the state after a step.
@@ -77,12 +78,14 @@ class Progress:
             guard: the watch over collapsing tasks.
             parameters: what is trained.
             optimizer: its optimiser.
+            before: the parameters before the last step, to which a step that goes wrong goes back.
             precision: the state of the loss scaling of mixed precision, if there is any.
 
         Raises:
             FusionMergeError: if the file cannot be written; an earlier one stays whole.
         """
         tensors = {f"parameter.{i}": p.detach() for i, p in enumerate(parameters)}
+        tensors |= {f"before.{i}": value for i, value in enumerate(before)}
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
         tensors["random"] = torch.get_rng_state()
@@ -103,6 +106,7 @@ class Progress:
         guard: CollapseGuard,
         parameters: list[nn.Parameter],
         optimizer: torch.optim.Optimizer,
+        before: list[Tensor],
     ) -> dict[str, Any]:
         """Put back the state that was saved, if there is a step to go on from.
 
@@ -111,6 +115,7 @@ class Progress:
             guard: the watch over collapsing tasks; changed.
             parameters: what is trained; changed.
             optimizer: its optimiser; changed.
+            before: the parameters before the last step; changed.
 
         Returns:
             The state of the loss scaling of mixed precision.
@@ -131,6 +136,7 @@ class Progress:
             raise self._unusable(f"its description cannot be gone on from ({reason(error)})") from error
         for index, parameter in enumerate(parameters):
             parameter.data.copy_(tensors[f"parameter.{index}"])
+        before[:] = [tensors[f"before.{index}"] for index in range(len(parameters))]
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         for task in record.entropy:
             record.entropy[task] = tensors[f"entropy.{task}"].tolist()
@@ -167,7 +173,7 @@ class Progress:
         parameters: list[nn.Parameter],
     ) -> None:
         """Refuse tensors that are not those of this adaptation, before anything is put back."""
-        expected = {f"parameter.{i}": p.shape for i, p in enumerate(parameters)}
+        expected = {f"{kind}.{i}": p.shape for kind in ("parameter", "before") for i, p in enumerate(parameters)}
         expected |= {f"entropy.{task}": torch.Size([self.step]) for task in record.entropy}
         expected["random"] = torch.get_rng_state().shape
         every = next(iter(state.values()), {})  # an optimiser keeps the same of every parameter

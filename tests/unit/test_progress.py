@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import copied, same_state
+from helpers import copied, same_state, upcycled_toy
 from killed import BELONGS_TO, adapted, go_on
 
 from fusion_merge import sealed
 from fusion_merge.adaptation.progress import Progress
 from fusion_merge.adaptation.runtime import make_fabric
-from fusion_merge.errors import CheckpointError, FusionMergeError
+from fusion_merge.errors import AdaptationError, CheckpointError, FusionMergeError
+from fusion_merge.moe import Routing
 
 
 def _progress(tmp_path: Path, *, every: int = 1, resume: bool = False, **belongs_to: object) -> Progress:
@@ -148,3 +149,11 @@ def test_killed_at_twenty_random_moments_it_ends_in_the_same_bits(tmp_path, monk
     assert 0 < reached[-1] < steps
     resumed, _ = adapted(Progress(file, BELONGS_TO, 100, resume=True), steps)
     assert same_state(_state(resumed), _state(adapted(None, steps)[0]))
+
+
+def test_the_last_good_routers_are_known_after_a_resume_too(tmp_path):
+    adapted(_progress(tmp_path), 3)
+    model = upcycled_toy(routing=Routing.BATCH)
+    with pytest.raises(AdaptationError, match="is nan at step 3"):
+        adapted(_progress(tmp_path, resume=True), 5, model=model, broken_at=3)
+    assert same_state(_state(model), _state(adapted(None, 2)[0]))
