@@ -221,8 +221,7 @@ class _Update:
         self.before: list[Tensor] = []
 
     def take(self, step: int) -> None:
-        before = [p.detach().clone() for p in self._parameters]
-        self.before = before
+        self.before = [p.detach().clone() for p in self._parameters]
         try:
             self._optimizer.step()
         except RuntimeError as error:  # such as a step that no float can hold
@@ -238,7 +237,7 @@ class _Update:
             )
 
     def take_back(self) -> None:
-        """Put back the parameters that were there before the last step."""
+        """Put back the parameters that were there before the last step, if there was one."""
         for parameter, value in zip(self._parameters, self.before, strict=False):
             parameter.data.copy_(value)
 

@@ -182,7 +182,10 @@ class MergedCLIPVisionModel(PreTrainedModel):
         return {name: tensor for name, tensor in self.state_dict().items() if name in once}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the model whole or not at all: `config.json` and safetensors.
+        """Write the model: safetensors, a model card and, last of all, `config.json`.
+
+        A model that was there stays as it was where the new one cannot be written. If the process is killed while the
+        files are put in place, the folder is left without `config.json`, and nothing can be read from it.
 
         Args:
             save_directory: the folder; it is made.
