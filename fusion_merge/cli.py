@@ -57,6 +57,9 @@ _WRITTEN: dict[str, Literal["file", "folder"]] = {
 """What a run writes: in a sweep each job has its own, such as `merged/0` and `report-0.json` of the first."""
 
 
+_OURS = "FUSION_MERGE_MESSAGES"
+"""Set where `HYDRA_FULL_ERROR` is ours and not the user's, so that the processes that a run starts know it too."""
+
 _given: list[str] = []
 """The arguments as the user gave them."""
 
@@ -64,8 +67,9 @@ _given: list[str] = []
 def main() -> None:
     """Run the command line; every error that can be foreseen is one clear message and exit code 1."""
     register_schema()
-    tracebacks = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: the messages are ours
+    tracebacks = os.environ.get("HYDRA_FULL_ERROR") == "1" and _OURS not in os.environ
+    if not tracebacks:
+        os.environ["HYDRA_FULL_ERROR"] = os.environ[_OURS] = "1"  # Hydra then raises, and the messages are ours
     with _messages(tracebacks):
         _given[:] = sys.argv[1:]
         sys.argv[1:] = [_open(argument) for argument in sys.argv[1:]]

@@ -30,6 +30,10 @@ class AdaptationError(FusionMergeError, RuntimeError):
     """Test-time adaptation cannot go on."""
 
 
+class ProcessError(FusionMergeError, RuntimeError):
+    """Another of several processes failed, so that this one cannot go on."""
+
+
 def reason(error: BaseException) -> str:
     """Return the first line of an error's message, or its kind where it has none.
 

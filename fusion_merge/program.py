@@ -27,6 +27,7 @@ from fusion_merge.models.merged import MergedCLIPVisionModel
 from fusion_merge.models.task_models import TaskModels
 from fusion_merge.pools.model_pool import CLIPVisionModelPool
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool, TaskPool
+from fusion_merge.processes import in_company, together
 from fusion_merge.registry import object_from_config
 from fusion_merge.report.plots import loss_curve, routing_picture
 from fusion_merge.report.routing import routing_weights
@@ -106,22 +107,29 @@ class FusionProgram:
         with self._phase("reading"):
             self.check()
         fabric = make_fabric(**self._fabric_options(), log_dir=self.output_dir / "logs")
-        if fabric.is_global_zero:
-            log.info("%s\n", self.plan())
-            self._clear()
-            write_text(self.output_dir / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False))
+        with in_company():
+            return self._run(fabric)
+
+    def _run(self, fabric: Fabric) -> Report:
+        with together():
+            if fabric.is_global_zero:
+                log.info("%s\n", self.plan())
+                self._clear()
+                write_text(self.output_dir / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False))
         with self._phase("method"):
             model = self.method.run(self.modelpool, self._tasks_for_method(), fabric)
-        self._save(model, fabric)
+        with together():
+            self._save(model, fabric)
         with self._phase("evaluation"):
             report = self._evaluate(model, fabric)
         with self._phase("baselines"):
             report["baselines"] = self._baselines(fabric)
         report["run"] = self._describe_run()
-        self._describe_model(model, report, fabric)
-        if fabric.is_global_zero:
-            self._write(report, model, fabric)
-            self.method.on_run_end()
+        with together():
+            self._describe_model(model, report, fabric)
+            if fabric.is_global_zero:
+                self._write(report, model, fabric)
+                self.method.on_run_end()
         return report
 
     def _fabric_options(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -11,8 +12,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from fusion_merge.adaptation.runtime import averaged
 from fusion_merge.errors import AdaptationError
 from fusion_merge.models.clip import pooled_output
+from fusion_merge.processes import together
 
 
 def finetune(
@@ -43,7 +46,7 @@ def finetune(
         description: what the progress bar says.
 
     Returns:
-        The loss of each step.
+        The loss of each step; the mean over processes.
 
     Raises:
         AdaptationError: if the loss is not a number.
@@ -56,16 +59,18 @@ def finetune(
     losses: list[float] = []
     quiet = None if fabric.is_global_zero else True
     for step in (bar := tqdm(range(max_steps), desc=description, unit="step", disable=quiet)):
-        pixels, labels = (fabric.to_device(t) for t in next(batches))
+        with together():  # an image that one process cannot read ends all of them
+            batch = next(batches)
+        pixels, labels = (fabric.to_device(t) for t in batch)
         optim.zero_grad()
         logits = head(pooled_output(wrapped(pixel_values=pixels)))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-        if not torch.isfinite(loss):
-            raise AdaptationError(f"{description}: the loss is {loss.item()} at step {step}; try a smaller `lr`")
+        losses.append(averaged(fabric, loss.detach()).item())
+        if not math.isfinite(losses[-1]):
+            raise AdaptationError(f"{description}: the loss is {losses[-1]} at step {step}; try a smaller `lr`")
         fabric.backward(loss)
         optim.step()
         schedule.step()
-        losses.append(loss.item())
         if step % 10 == 0:
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
     tower.requires_grad_(False).eval()

@@ -32,6 +32,7 @@ from fusion_merge.adaptation.runtime import (
 from fusion_merge.errors import AdaptationError, ConfigError, nearest, reason
 from fusion_merge.models.clip import pooled_output
 from fusion_merge.moe import MoEMLP
+from fusion_merge.processes import together
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,8 @@ def adapt(
     update = _Update(parameters, optim)
     scaling = fabric.strategy.precision
     if progress is not None:
-        scaling.load_state_dict(progress.restore(record, guard, parameters, optim, update.before))
+        with together():
+            scaling.load_state_dict(progress.restore(record, guard, parameters, optim, update.before))
         record.resumed_at = record.steps
     for step in range(record.steps):  # so that the log is whole, whatever became of the earlier one
         log_metrics(fabric, {f"entropy/{name}": values[step] for name, values in record.entropy.items()}, step)
@@ -136,7 +138,9 @@ def adapt(
     try:
         with _interruptible() as interrupted, _global_batches(model, fabric), bar:
             for step in bar:
-                losses, predictions = _gradient(wrapped, optim, streams, fabric, objective, use_grad_accumulate)
+                with together():  # an image that one process cannot read ends all of them
+                    pixels = {name: next(stream.batches)[0] for name, stream in streams.items()}
+                losses, predictions = _gradient(wrapped, optim, streams, pixels, fabric, objective, use_grad_accumulate)
                 _refuse_nan(losses, update, step)
                 update.take(step)
                 metrics = {"entropy/mean": sum(losses.values()) / len(losses)}
@@ -152,8 +156,10 @@ def adapt(
                 record.seconds = time.perf_counter() - start
                 record.interrupted = any_process(fabric, interrupted.is_set())
                 last = record.interrupted or step + 1 == max_steps
-                if progress is not None and fabric.is_global_zero and (last or progress.due(step + 1)):
-                    progress.save(record, guard, parameters, optim, update.before, scaling.state_dict())
+                if progress is not None and (last or progress.due(step + 1)):
+                    with together():
+                        if fabric.is_global_zero:
+                            progress.save(record, guard, parameters, optim, update.before, scaling.state_dict())
                 log_metrics(fabric, metrics, step)
                 if record.interrupted:
                     log.warning(
@@ -173,6 +179,7 @@ def _gradient(
     model: Any,
     optimizer: torch.optim.Optimizer,
     streams: Mapping[str, TaskStream],
+    pixels: Mapping[str, Tensor],
     fabric: Fabric,
     objective: Objective,
     use_grad_accumulate: bool,
@@ -183,9 +190,8 @@ def _gradient(
     optimizer.zero_grad()
     for index, (name, stream) in enumerate(streams.items()):
         last = index == len(streams) - 1
-        pixels = fabric.to_device(next(stream.batches)[0])
         with fabric.no_backward_sync(model, enabled=use_grad_accumulate and not last):
-            logits = stream.head(pooled_output(model(pixel_values=pixels)))
+            logits = stream.head(pooled_output(model(pixel_values=fabric.to_device(pixels[name]))))
             loss = objective(logits)
             if use_grad_accumulate:
                 fabric.backward(loss)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from fusion_merge.errors import ConfigError
+from fusion_merge.errors import ConfigError, reason
 from fusion_merge.pools.loaders import Placement
 
 log = logging.getLogger(__name__)
@@ -120,16 +120,17 @@ def averaged(fabric: Fabric, values: Tensor) -> Tensor:
 
 
 def gathered(fabric: Fabric, values: Tensor) -> Tensor:
-    """Return the values of all processes, one after the other.
+    """Return the values of all processes, in the order in which a single process would have them.
 
     Args:
         fabric: the Fabric.
-        values: this process's, (B,); as many in each.
+        values: this process's, (B,); as many in each; one process after the other takes an image.
     """
     if fabric.world_size == 1:
         return values
-    every: Tensor = fabric.all_gather(values)  # type: ignore[assignment] # (processes, B)
-    return every.flatten()
+    every = [torch.empty_like(values) for _ in range(fabric.world_size)]
+    torch.distributed.all_gather(every, values.contiguous())
+    return torch.stack(every, dim=1).flatten()  # (B·processes,)
 
 
 def _loggers(log_dir: Path | str) -> list[Logger]:
@@ -141,17 +142,16 @@ def _loggers(log_dir: Path | str) -> list[Logger]:
 
 
 def log_metrics(fabric: Fabric, metrics: dict[str, Any], step: int) -> None:
-    """Send metrics to the loggers of a Fabric, if it has any.
+    """Send metrics to the loggers of a Fabric, if it has any; one that cannot write is let go, with a warning.
 
     Args:
         fabric: the Fabric.
         metrics: numbers by name.
         step: the step they belong to.
     """
-    if fabric.loggers and fabric.is_global_zero:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a folder that holds logs already is what `output_dir` may ask for
-            fabric.log_dict(metrics, step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a folder that holds logs already is what `output_dir` may ask for
+        _each_logger(fabric, lambda logger: logger.log_metrics(metrics, step))
 
 
 def finish_logs(fabric: Fabric) -> None:
@@ -160,5 +160,15 @@ def finish_logs(fabric: Fabric) -> None:
     Args:
         fabric: the Fabric.
     """
-    for logger in fabric.loggers if fabric.is_global_zero else []:
-        logger.finalize("success")
+    _each_logger(fabric, lambda logger: logger.finalize("success"))
+
+
+def _each_logger(fabric: Fabric, use: Callable[[Logger], None]) -> None:
+    """Use each logger; what was computed must not be lost because its log cannot be written."""
+    for logger in list(fabric.loggers) if fabric.is_global_zero else []:
+        try:
+            use(logger)
+        except OSError as error:
+            fabric.loggers.remove(logger)
+            why = error.strerror or reason(error)
+            log.warning("logs in `%s` cannot be written (%s): going on without them", logger.root_dir, why)

@@ -67,6 +67,9 @@ def open_progress(
 ) -> Progress:
     """Return where the state of one adaptation is kept: its file is named after all that it depends on.
 
+    Images, processors and heads are known by their content, wherever they come from; of a dataset that is too large
+    for memory, 16 images are looked at.
+
     Args:
         folder: where the file is.
         name: what the file's name begins with.
@@ -81,7 +84,8 @@ def open_progress(
     """
     whole = {
         **belongs_to,
-        "images": {task: len(pool.images(task)) for task, pool in pools.items()},
+        "images": {task: pool.images(task).fingerprint() for task, pool in pools.items()},
+        "heads": {task: pool.head_fingerprint(task) for task, pool in pools.items()},
         "processes": fabric.world_size,
         "precision": str(fabric.strategy.precision.precision),
     }

@@ -30,6 +30,7 @@ from fusion_merge.options import option
 from fusion_merge.pools.loaders import adaptation_loader, fitting_workers
 from fusion_merge.pools.model_pool import CLIPVisionModelPool
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
+from fusion_merge.processes import together
 from fusion_merge.registry import register_method
 
 if TYPE_CHECKING:
@@ -95,10 +96,10 @@ class CLIPFinetuneAlgorithm(Method):
             if folder is None or self.fast_dev_run:  # a trial must not take the place of real towers
                 loaders[name] = _kept(tower, dtype, where=f"the tower of `{name}`")
                 continue
-            if fabric.is_global_zero:
-                save_tower(tower, folder / name, dtype)
-                log.info("fine-tuned `%s`, saved to %s", name, folder / name)
-            fabric.barrier()
+            with together():
+                if fabric.is_global_zero:
+                    save_tower(tower, folder / name, dtype)
+                    log.info("fine-tuned `%s`, saved to %s", name, folder / name)
             loaders[name] = partial(_read, folder / name)
         if folder is not None and self.fast_dev_run:
             log.info("a trial run: nothing was written to %s", folder)

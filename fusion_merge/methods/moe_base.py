@@ -40,6 +40,7 @@ from fusion_merge.options import option
 from fusion_merge.pools.loaders import Placement, evaluation_loader
 from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
+from fusion_merge.processes import together
 from fusion_merge.task_vectors import task_arithmetic
 
 if TYPE_CHECKING:
@@ -184,29 +185,35 @@ class MoEMethod(Method):
         self.check(modelpool, taskpool)
         fabric = fabric if fabric is not None else make_fabric(devices=self.devices)
         check_precision(fabric)
-        model = self.build(modelpool, fabric.device)
-        fabric.to_device(model)
         self.record = None
         pools: dict[str, CLIPVisionModelTaskPool] = {}
-        if self.checkpoint:
-            load_routers(str(self.checkpoint), model, self._belongs_to(modelpool))
-        elif self.max_steps > 0:
+        with together():
+            model = self.build(modelpool, fabric.device)
+            fabric.to_device(model)
+            if self.checkpoint:
+                load_routers(str(self.checkpoint), model, self._belongs_to(modelpool))
+        if not self.checkpoint and self.max_steps > 0:
             pools = self._adaptation_pools(modelpool, taskpool)
             self._adapt(model, modelpool, pools, fabric)
-        keep = str(self.save_checkpoint) if self.save_checkpoint and fabric.is_global_zero else None
-        if keep is not None:
-            save_routers(keep, model, self._belongs_to(modelpool))
-            log.info("routers saved to %s", keep)
-        self.after_adaptation(model)
-        set_routing(model, Routing.BATCH if self.inference_batch_reduce else Routing.SAMPLE)
+        with together():
+            keep = str(self.save_checkpoint) if self.save_checkpoint and fabric.is_global_zero else None
+            if keep is not None:
+                save_routers(keep, model, self._belongs_to(modelpool))
+                log.info("routers saved to %s", keep)
+            self.after_adaptation(model)
+            set_routing(model, Routing.BATCH if self.inference_batch_reduce else Routing.SAMPLE)
+            self._measure(model, pools)
+            if keep is not None:
+                add_coefficients(keep, model)
+        return model
+
+    def _measure(self, model: MergedCLIPVisionModel, pools: Mapping[str, CLIPVisionModelTaskPool]) -> None:
+        """Tell the model the mean coefficients of each task: from its checkpoint, or from the images adapted on."""
         if self.checkpoint:
             load_coefficients(str(self.checkpoint), model)
         for name, pool in pools.items():
             images = evaluation_loader(pool.images(name), _MEASURED, workers=0, placement=Placement(), limit=_MEASURED)
             model.measure(name, (pixels for pixels, _ in images))
-        if keep is not None:
-            add_coefficients(keep, model)
-        return model
 
     def build(self, modelpool: CLIPVisionModelPool, device: torch.device | None = None) -> MergedCLIPVisionModel:
         """Build the routed model on the CPU, its routers not adapted yet.
@@ -313,15 +320,16 @@ class MoEMethod(Method):
         pools: Mapping[str, CLIPVisionModelTaskPool],
         fabric: Fabric,
     ) -> None:
-        progress = self._progress = self._open_progress(modelpool, pools, fabric)
-        streams = task_streams(
-            pools,
-            fabric,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            start=progress.step if progress is not None else 0,
-        )
+        with together():
+            progress = self._progress = self._open_progress(modelpool, pools, fabric)
+            streams = task_streams(
+                pools,
+                fabric,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                num_workers=self.num_workers,
+                start=progress.step if progress is not None else 0,
+            )
         try:
             self.record = adapt(
                 model,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -73,6 +75,14 @@ class TaskImages(Dataset[tuple[Tensor, int]]):
             self._cache[index] = self._read(index)
         return self._cache[index]
 
+    def fingerprint(self) -> str:
+        """Return a short name for the images as a model sees them: all that are kept in memory, or else 16 of them."""
+        step = 1 if self.cached else max(1, len(self) // 16)
+        digest = hashlib.sha256(f"{len(self)}".encode())
+        for index in range(0, len(self), step):
+            digest.update(self[index][0].contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def _read(self, index: int) -> tuple[Tensor, int]:
         try:
             image, label = self.task.item(index)
@@ -93,15 +103,18 @@ class TaskImages(Dataset[tuple[Tensor, int]]):
 
 
 class EndlessBatches(Sampler[list[int]]):
-    """Batches of indices without end, shuffled anew each epoch; a pure function of the seed and the position.
+    """Batches of indices without end; a pure function of the seed and the position.
+
+    One shuffled epoch follows the other, and batches run on from the one into the next, so that all are of one size.
+    Together the batches of all processes are those that a single process would take with their sizes added up.
 
     Args:
         num_items: how many items the dataset has.
-        batch_size: items a batch, at least 1; the last batch of an epoch may be smaller.
+        batch_size: items a batch, at least 1.
         seed: what the order depends on.
         start: how many batches to skip.
-        rank: which of `world_size` processes this is; each takes every `world_size`-th item of the epoch.
-        world_size: how many processes share an epoch.
+        rank: which of `world_size` processes this is; each takes every `world_size`-th item.
+        world_size: how many processes share the items.
     """
 
     def __init__(
@@ -122,15 +135,18 @@ class EndlessBatches(Sampler[list[int]]):
         self.world_size = world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        own = len(range(0, self.num_items, self.world_size))  # equal for all ranks: indices wrap around
-        per_epoch = -(-own // self.batch_size)
-        epoch, skip = divmod(self.start, per_epoch)
+        items = self._items(self.start * self.batch_size * self.world_size)
         while True:
+            batch = list(islice(items, self.batch_size * self.world_size))
+            yield batch[self.rank :: self.world_size]
+
+    def _items(self, position: int) -> Iterator[int]:
+        """Give every process's items from a position on."""
+        first, skip = divmod(position, self.num_items)
+        for epoch in count(first):
             order = np.random.default_rng((self.seed, epoch)).permutation(self.num_items)
-            mine = order[(self.rank + np.arange(own) * self.world_size) % self.num_items].tolist()
-            for batch in range(skip, per_epoch):
-                yield mine[batch * self.batch_size : (batch + 1) * self.batch_size]
-            epoch, skip = epoch + 1, 0
+            yield from order[skip:].tolist()
+            skip = 0
 
 
 def adaptation_loader(
@@ -168,19 +184,22 @@ def _leave_interrupts(_worker: int) -> None:
 def evaluation_loader(
     images: TaskImages, batch_size: int, *, workers: int, placement: Placement, limit: int | None = None
 ) -> DataLoader[Any]:
-    """Return a loader that gives every image once, in order; processes share them without overlap.
+    """Return a loader that gives every image once, in order; processes share the batches without overlap.
+
+    A batch is the same however many processes there are, so that batch routing computes the same too.
 
     Args:
         images: the images.
         batch_size: images a batch.
         workers: how many worker processes read them.
-        placement: which share of the images this process takes.
+        placement: which share of the batches this process takes.
         limit: at most this many images, in all.
     """
     total = len(images) if limit is None else min(limit, len(images))
+    starts = range(placement.rank * batch_size, total, placement.world_size * batch_size)
     return DataLoader(
-        torch.utils.data.Subset(images, range(placement.rank, total, placement.world_size)),
-        batch_size=batch_size,
+        images,
+        batch_sampler=[list(range(start, min(start + batch_size, total))) for start in starts],
         num_workers=0 if images.cached else workers,
         pin_memory=torch.cuda.is_available(),
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, final
@@ -12,9 +14,6 @@ from typing import Any, final
 import torch
 from hydra.utils import instantiate
 from torch import nn
-from torch.nn import functional as F
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 from tqdm.auto import tqdm
 from transformers import CLIPModel
 
@@ -25,10 +24,10 @@ from fusion_merge.models.clip import (
     load_clip,
     load_processor,
     module_config,
-    pooled_output,
     split_processor,
     vision_config,
 )
+from fusion_merge.models.sources import fingerprint
 from fusion_merge.models.task_models import TaskModels
 from fusion_merge.options import LARGEST
 from fusion_merge.pools.datasets import ImageTask, make_task
@@ -36,6 +35,8 @@ from fusion_merge.pools.heads import ZeroShotHead, zero_shot_head
 from fusion_merge.pools.loaders import Placement, TaskImages, evaluation_loader, fitting_workers
 from fusion_merge.pools.reading import Purpose
 from fusion_merge.pools.references import PROCESSORS, Reference, check_table, reference_of
+from fusion_merge.pools.scoring import Counts, count
+from fusion_merge.processes import together
 
 RESERVED = ("average", "baselines", "model_info", "run")
 """Names that a report uses for itself: no task may have them."""
@@ -194,6 +195,20 @@ class CLIPVisionModelTaskPool(TaskPool):
             self._heads[name] = zero_shot_head(self.clip_model, self.processor.tokenizer, self.task(name))
         return self._heads[name]
 
+    def head_fingerprint(self, name: str) -> str:
+        """Return a short name for what a task's head is made of: the prompts and the CLIP model.
+
+        Args:
+            name: one of `task_names`.
+        """
+        task = self.task(name)
+        prompts = json.dumps([task.classnames, task.templates, self._clip_fingerprint])
+        return hashlib.sha256(prompts.encode()).hexdigest()[:16]
+
+    @cached_property
+    def _clip_fingerprint(self) -> str:
+        return fingerprint(self.clip_model.state_dict())
+
     @cached_property
     def clip_model(self) -> CLIPModel:
         """The CLIP model that makes the heads."""
@@ -269,22 +284,19 @@ class CLIPVisionModelTaskPool(TaskPool):
         names = list(tasks) if tasks is not None else self.task_names
         for name in (bar := tqdm(names, desc=label, unit="task", disable=None)):
             bar.set_postfix_str(name)
-            tower = model[name] if isinstance(model, TaskModels) else model
-            report[name] = self._score(tower, name, placement or Placement(_device(tower)))
+            with together() if placement is not None and placement.world_size > 1 else nullcontext():
+                tower = model[name] if isinstance(model, TaskModels) else model
+                counts = self._count(tower, name, placement or Placement(_device(tower)))
+            report[name] = counts.scores(name)
         scores = [report[name] for name in names]
         if scores:
             report["average"] = {k: sum(s[k] for s in scores) / len(scores) for k in ("accuracy", "loss")}
         return report
 
-    @torch.no_grad()  # not inference mode: images and heads made here are adapted on later
-    def _score(self, tower: nn.Module, name: str, placement: Placement) -> dict[str, float]:
+    def _count(self, tower: nn.Module, name: str, placement: Placement) -> Counts:
+        """Count over this process's share of a task's images."""
         if self.task(name).label_column is None:
             raise DataError(f"task `{name}` has no labels to score on; its images can only be adapted on")
-        tower = tower.to(placement.device).eval()
-        head = self.head(name).to(placement.device)
-        classes = len(self.task(name).classnames)
-        accuracy = MulticlassAccuracy(max(classes, 2), average="micro").to(placement.device)
-        loss = MeanMetric(nan_strategy=math.inf).to(placement.device)  # NaN must not be left out of the mean
         loader = evaluation_loader(
             self.images(name),
             self.batch_size,
@@ -292,21 +304,7 @@ class CLIPVisionModelTaskPool(TaskPool):
             placement=placement,
             limit=self.batch_size if self.fast_dev_run else None,
         )
-        dtype = next((p.dtype for p in tower.parameters()), torch.float32)
-        for pixels, labels in loader:
-            labels = labels.to(placement.device)
-            with placement.autocast():
-                pooled = pooled_output(tower(pixels.to(placement.device, dtype)))  # (B, D)
-            logits = head(pooled.float()).float()  # (B, C); the head in full precision, as in adaptation
-            accuracy.update(logits.argmax(dim=-1), labels)
-            loss.update(F.cross_entropy(logits, labels, reduction="none"))
-        scores = {"accuracy": accuracy.compute().item(), "loss": loss.compute().item()}
-        if not math.isfinite(scores["loss"]):
-            raise ModelError(
-                f"the loss on task `{name}` is no finite number: the model's outputs are not; choose smaller merging "
-                "coefficients, or look for broken weights"
-            )
-        return scores
+        return count(tower, self.head(name), loader, len(self.task(name).classnames), placement)
 
 
 def _specs(tasks: Any, test_datasets: Any) -> dict[str, Any]:

@@ -120,8 +120,73 @@ def test_every_image_is_scored_exactly_once_over_all_processes(taskpool: CLIPVis
             seen = [
                 index
                 for rank in range(world)
-                for index in evaluation_loader(
+                for batch in evaluation_loader(
                     images, size, workers=0, placement=Placement(rank=rank, world_size=world)
-                ).dataset.indices
+                ).batch_sampler
+                for index in batch
             ]
             assert sorted(seen) == list(range(len(images)))
+
+
+@pytest.mark.parametrize("batch_reduce", [True, False])
+def test_two_processes_agree_with_one_where_they_do_not_divide_the_images(pool_dir, tmp_path, batch_reduce):
+    """12 and 18 images in batches of 10, a dozen steps, scored in batches of 7 that share one merged weight."""
+    options = ["method=wemoe", "method.max_steps=12", f"method.batch_reduce={batch_reduce}", "taskpool.batch_size=7"]
+    options += ["method.inference_batch_reduce=true"]
+    done = run_cli(*own_pool(pool_dir), *STEPS, *options, "method.batch_size=10", cwd=tmp_path / "one")
+    assert done.code == 0, done.err
+    started(pool_dir, tmp_path / "two", *options, "method.batch_size=5", *TWO)
+    assert_alike(tmp_path / "two", tmp_path / "one")
+
+
+BROKEN = """
+import os, signal
+from fusion_merge import cli, sealed
+from fusion_merge.adaptation.progress import Progress
+from fusion_merge.models.merged import MergedCLIPVisionModel
+from fusion_merge.pools.datasets import ImageTask
+
+def broken(*_args, **_options):
+    raise OSError(28, "No space left on device")
+
+def gone(*_args, **_options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+where, rank = os.environ["WHERE"], os.environ.get("LOCAL_RANK", "0")
+if where == "progress" and rank == "0":
+    sealed.save_file = broken
+elif where == "model" and rank == "0":
+    MergedCLIPVisionModel.own_state = broken
+elif where == "image" and rank == "1":
+    ImageTask.item = broken
+elif where in ("gone0", "gone1") and rank == where[-1]:
+    Progress.due = gone
+cli.main()
+"""
+BREAKS = {
+    "progress": ["error: cannot write `outputs/wemoe-", "error: process 0 failed: cannot write `outputs/wemoe-"],
+    "model": ["error: cannot write `merged`", "error: process 0 failed: cannot write `merged`"],
+    "image": ["error: cannot read image 0 of `cats`", "error: process 1 failed: cannot read image 0 of `cats`"],
+    "gone0": ["error: another process is gone"],
+    "gone1": ["error: another process is gone"],
+}
+
+
+@pytest.mark.parametrize("where", BREAKS)
+def test_what_ends_one_process_ends_both_soon_and_clearly(pool_dir, tmp_path, where):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    process = subprocess.run(
+        [
+            *(sys.executable, "broken.py", *own_pool(pool_dir), *STEPS, "method=wemoe", "method.batch_size=3", *TWO),
+            *("method.max_steps=6", "method.save_every=2", "merged_model_save_path=merged"),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "WHERE": where},
+    )
+    assert process.returncode != 0
+    assert "Traceback" not in process.stderr
+    for message in BREAKS[where]:
+        assert message in process.stderr, process.stderr

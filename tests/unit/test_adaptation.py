@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import errno
 import logging
 import os
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import copied, random_linear, same_state, upcycled_toy
+from lightning_fabric import Fabric
+from lightning_fabric.loggers.logger import Logger
 from torch import nn
 
 from fusion_merge.adaptation.guard import CollapseGuard
@@ -479,3 +482,30 @@ def test_cuda_is_refused_where_there_is_none(accelerator):
 def test_a_single_process_has_all_of_the_work():
     placement = placement_of(make_fabric(accelerator="cpu"))
     assert (placement.device, placement.rank, placement.world_size) == (torch.device("cpu"), 0, 1)
+
+
+class _FullDisk(Logger):
+    """A logger that cannot write from its second line on."""
+
+    name, version, root_dir = "full", "", "logs"
+
+    def __init__(self) -> None:
+        self.lines = 0
+
+    def log_metrics(self, metrics, step=None) -> None:
+        self.lines += 1
+        if self.lines > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def log_hyperparams(self, *_args, **_options) -> None: ...
+
+
+def test_a_log_that_cannot_be_written_costs_nothing_else(caplog):
+    logger = _FullDisk()
+    fabric = Fabric(accelerator="cpu", loggers=[logger])
+    full, expected = upcycled_toy(), upcycled_toy()
+    assert _adapt(full, fabric=fabric, max_steps=4).entropy == _adapt(expected, max_steps=4).entropy
+    assert same_state(full.state_dict(), expected.state_dict())
+    assert logger.lines == 2
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warning == "logs in `logs` cannot be written (No space left on device): going on without them"

@@ -14,7 +14,7 @@ FILES = {str(file.relative_to(ROOT)): file for file in sorted(ROOT.rglob("*.py")
 LAYERS = (
     "errors",
     ("files", "options", "schema", "registry", "zoo"),
-    "sealed",
+    ("sealed", "processes"),
     "task_vectors",
     "moe",
     "models",

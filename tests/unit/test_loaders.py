@@ -50,23 +50,29 @@ def _indices(loader, batches: int | None = None) -> list[list[int]]:
     return [pixels[:, 0, 0, 0].int().tolist() for pixels, _ in islice(iter(loader), batches)]
 
 
-def _epochs(sampler: EndlessBatches, count: int, per_epoch: int) -> list[list[int]]:
-    batches = list(islice(iter(sampler), count * per_epoch))
-    return [list(chain.from_iterable(batches[i * per_epoch : (i + 1) * per_epoch])) for i in range(count)]
+def _items(sampler: EndlessBatches, count: int) -> list[int]:
+    return list(islice(chain.from_iterable(sampler), count))
+
+
+def _epochs(sampler: EndlessBatches, count: int) -> list[list[int]]:
+    size = sampler.num_items
+    items = _items(sampler, count * size)
+    return [items[i * size : (i + 1) * size] for i in range(count)]
 
 
 @pytest.mark.parametrize(("size", "batch"), [(10, 3), (10, 5), (4, 16), (1, 1)])
 def test_every_epoch_is_a_permutation(size, batch):
-    for epoch in _epochs(EndlessBatches(size, batch, seed=0), 4, -(-size // batch)):
+    for epoch in _epochs(EndlessBatches(size, batch, seed=0), 4):
         assert sorted(epoch) == list(range(size))
 
 
-def test_batches_are_full_but_for_the_last_of_an_epoch():
-    assert [len(b) for b in islice(EndlessBatches(10, 4, seed=0), 6)] == [4, 4, 2, 4, 4, 2]
+@pytest.mark.parametrize(("size", "batch"), [(10, 4), (3, 8)])
+def test_all_batches_are_full_and_run_on_into_the_next_epoch(size, batch):
+    assert [len(b) for b in islice(EndlessBatches(size, batch, seed=0), 6)] == [batch] * 6
 
 
 def test_epochs_are_shuffled_anew():
-    first, second = _epochs(EndlessBatches(50, 10, seed=0), 2, 5)
+    first, second = _epochs(EndlessBatches(50, 10, seed=0), 2)
     assert first != second
     assert first != sorted(first)
 
@@ -85,19 +91,14 @@ def test_start_skips_exactly_so_many_batches(start):
     assert list(islice(EndlessBatches(10, 3, seed=2, start=start), 20 - start)) == whole[start:]
 
 
-@pytest.mark.parametrize(("size", "ranks"), [(12, 3), (12, 1), (8, 4)])
-def test_ranks_share_an_epoch_without_overlap(size, ranks):
-    epochs = [
-        _epochs(EndlessBatches(size, 2, 0, rank=r, world_size=ranks), 2, -(-size // ranks // 2)) for r in range(ranks)
-    ]
-    for epoch in range(2):
-        assert sorted(i for rank in epochs for i in rank[epoch]) == list(range(size))
-
-
-def test_ranks_take_equally_many_even_if_the_epoch_does_not_divide():
-    shares = [_epochs(EndlessBatches(10, 2, 0, rank=r, world_size=4), 1, 2)[0] for r in range(4)]
-    assert [len(s) for s in shares] == [3, 3, 3, 3]
-    assert set(chain.from_iterable(shares)) == set(range(10))
+@pytest.mark.parametrize("start", [0, 5])
+@pytest.mark.parametrize(("size", "ranks"), [(12, 3), (12, 1), (8, 4), (10, 4), (7, 2), (2, 5)])
+def test_the_batches_of_all_ranks_are_those_of_a_single_process(size, ranks, start):
+    shares = [list(islice(EndlessBatches(size, 2, 0, rank=r, world_size=ranks, start=start), 9)) for r in range(ranks)]
+    single = list(islice(EndlessBatches(size, 2 * ranks, 0, start=start), 9))
+    for step, batch in enumerate(single):
+        interleaved = chain.from_iterable(zip(*(share[step] for share in shares), strict=True))
+        assert list(interleaved) == batch
 
 
 def test_more_ranks_than_images_still_give_each_rank_a_batch():
@@ -152,6 +153,16 @@ def test_evaluation_covers_each_image_once_over_all_ranks(ranks):
         loader = evaluation_loader(_images(), 4, workers=0, placement=Placement(rank=rank, world_size=ranks))
         seen += chain.from_iterable(_indices(loader))
     assert sorted(seen) == list(range(10))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 12])
+def test_a_batch_to_score_is_the_same_however_many_ranks_there_are(ranks):
+    single = _indices(evaluation_loader(_images(), 3, workers=0, placement=Placement()))
+    shares = [
+        _indices(evaluation_loader(_images(), 3, workers=0, placement=Placement(rank=rank, world_size=ranks)))
+        for rank in range(ranks)
+    ]
+    assert sorted(chain.from_iterable(shares)) == sorted(single)
 
 
 @pytest.mark.parametrize(("limit", "ranks"), [(3, 1), (5, 2), (99, 1)])
@@ -244,3 +255,16 @@ def test_images_without_labels_make_batches():
 def test_workers_fit_the_machine(monkeypatch, wanted, loaders, cores, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     assert fitting_workers(wanted, loaders) == expected
+
+
+def test_images_are_known_by_what_a_model_sees_of_them():
+    def fingerprint(change: int = 0, cache_bytes: int = 0, size: int = 40) -> str:
+        data = [(float(i + (change if i == 20 else 0)), 0) for i in range(size)]
+        task = ImageTask("toy", data, 0, 1, ("a",), ("{}",))
+        images = TaskImages(task, lambda value: torch.full((3, 2, 2), value), cache_bytes)
+        return images.fingerprint()
+
+    assert fingerprint() == fingerprint()
+    assert fingerprint(size=41) != fingerprint()
+    assert fingerprint(change=1) != fingerprint()
+    assert fingerprint(change=1, cache_bytes=10**6) != fingerprint(cache_bytes=10**6)
