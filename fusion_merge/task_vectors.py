@@ -7,7 +7,7 @@ never shared with the result where the result differs from them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import Decimal
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 from fusion_merge.errors import ConfigError, ModelError
 
 State = Mapping[str, Tensor]
+
+Combine = Callable[[Tensor, Tensor, int], Tensor]
+"""Makes a merged tensor of the pretrained one, the sum of its task vectors, and the number of models."""
 
 _LARGE = 256  # below this smaller side of a matrix, its whole decomposition takes no time
 _ROUNDS = 12  # after so many, the whole decomposition is the better way
@@ -60,7 +63,16 @@ def task_arithmetic(pretrained: State, finetuned: Iterable[State], scaling_facto
 
     Source: Ilharco et al. 2023, §2.
     """
-    return static_merge(pretrained, finetuned, lambda base, total, _: base + scaling_factor * total)
+    return static_merge(pretrained, finetuned, scaled(scaling_factor))
+
+
+def scaled(scaling_factor: float) -> Combine:
+    """Return how task arithmetic combines a tensor with the sum of its task vectors.
+
+    Args:
+        scaling_factor: λ.
+    """
+    return lambda base, total, _: base + scaling_factor * total
 
 
 def simple_average(pretrained: State, finetuned: Iterable[State]) -> dict[str, Tensor]:
@@ -80,9 +92,7 @@ def simple_average(pretrained: State, finetuned: Iterable[State]) -> dict[str, T
     return static_merge(pretrained, finetuned, lambda base, total, count: base + total / count)
 
 
-def static_merge(
-    pretrained: State, finetuned: Iterable[State], combine: Callable[[Tensor, Tensor, int], Tensor]
-) -> dict[str, Tensor]:
+def static_merge(pretrained: State, finetuned: Iterable[State], combine: Combine) -> dict[str, Tensor]:
     """Return `combine(pretrained, sum of task vectors, number of models)` for every floating-point tensor.
 
     Args:
@@ -93,22 +103,47 @@ def static_merge(
     Raises:
         ModelError: if names or shapes differ, or if there is no model to merge.
     """
-    states = list(finetuned)
-    if not states:
-        raise ModelError("there is no fine-tuned model to merge; give at least one beside `_pretrained_`")
-    for state in states:
-        check_same_shapes(pretrained, state)
-    merged: dict[str, Tensor] = {}
-    for name in pretrained:
-        base = pretrained[name]
-        if not base.is_floating_point():
-            merged[name] = base.clone()
-            continue
+    return dict(StaticMerge(pretrained, finetuned, combine))
+
+
+class StaticMerge(Mapping[str, Tensor]):
+    """A static merge whose tensors are formed when they are asked for, one at a time.
+
+    Args:
+        pretrained: the state that every model was fine-tuned from.
+        finetuned: the fine-tuned states.
+        combine: what to do with one tensor, the sum of its task vectors, and their number.
+        leave: beginnings of the names that stay as they are in `pretrained`.
+
+    Raises:
+        ModelError: if names or shapes differ, or if there is no model to merge.
+    """
+
+    def __init__(
+        self, pretrained: State, finetuned: Iterable[State], combine: Combine, *, leave: tuple[str, ...] = ()
+    ) -> None:
+        self._pretrained, self._finetuned = pretrained, list(finetuned)
+        self._combine, self._leave = combine, leave
+        if not self._finetuned:
+            raise ModelError("there is no fine-tuned model to merge; give at least one beside `_pretrained_`")
+        for state in self._finetuned:
+            check_same_shapes(pretrained, state)
+        self.shapes = shapes_of(pretrained)
+
+    def __getitem__(self, name: str) -> Tensor:
+        base = self._pretrained[name]
+        if not base.is_floating_point() or name.startswith(self._leave):
+            return base.clone()
         total = torch.zeros_like(base)
-        for state in states:
+        for state in self._finetuned:
             total += state[name].to(base) - base
-        merged[name] = combine(base, total, len(states))
-    return merged
+        return self._combine(base, total, len(self._finetuned))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pretrained)
+
+    def __len__(self) -> int:
+        return len(self._pretrained)
 
 
 def magnitude_prune(tensor: Tensor, prune_ratio: float) -> Tensor:

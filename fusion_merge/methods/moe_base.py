@@ -6,7 +6,6 @@ import dataclasses
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -29,7 +28,7 @@ from fusion_merge.adaptation.streams import open_progress, task_streams
 from fusion_merge.errors import AdaptationError, ConfigError
 from fusion_merge.files import check_writable
 from fusion_merge.methods.base import Method
-from fusion_merge.models.clip import build_tower, vision_backbone
+from fusion_merge.models.clip import empty_tower, load_tower_state, vision_backbone
 from fusion_merge.models.merged import MergedCLIPVisionModel
 from fusion_merge.moe import Experts, Routing, find_mlps, make_router, route_mlps, set_routing, upcycle_mlps
 from fusion_merge.moe.experts import TaskVector, empty_experts
@@ -41,13 +40,14 @@ from fusion_merge.pools.loaders import Placement, evaluation_loader
 from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 from fusion_merge.processes import together
-from fusion_merge.task_vectors import task_arithmetic
+from fusion_merge.task_vectors import StaticMerge, scaled
 
 if TYPE_CHECKING:
     from fusion_merge.adaptation.runtime import Fabric
 
 log = logging.getLogger(__name__)
 
+_EXPERT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MEASURED = 64  # images of each task by which its mean coefficients are measured
 
 
@@ -66,6 +66,9 @@ class MoEMethod(Method):
     router_hidden_layers: int = option(2, help="linear layers of a router", choices=(0, 1, 2), shapes_model=True)
     init_lambda: float = option(
         0.3, help="λ: static weight of task vectors and start of coefficients", shapes_model=True
+    )
+    expert_dtype: str = option(
+        "float32", help="what the experts are stored in; products are formed in float32", choices=tuple(_EXPERT_DTYPES)
     )
     batch_reduce: bool = option(True, help="one merged weight a batch during adaptation, instead of one a sample")
     inference_batch_reduce: bool = option(False, help="one merged weight a batch after adaptation too")
@@ -224,23 +227,27 @@ class MoEMethod(Method):
         """
         pretrained = modelpool.state(PRETRAINED)
         finetuned = [modelpool.state(name) for name in modelpool.model_names]
-        merged = build_tower(
-            modelpool.config(),
-            task_arithmetic(pretrained, finetuned, self.init_lambda),
-            where="the static merge",
-        )
-        backbone = vision_backbone(merged)
-        with tqdm(find_mlps(backbone), desc="building experts", unit="layer", disable=None) as bar:
+        backbone = vision_backbone(empty_tower(modelpool.config()))
+        mlps = tuple(f"{name}." for name in find_mlps(backbone))
+        static = StaticMerge(pretrained, finetuned, scaled(self.init_lambda), leave=mlps)
+        load_tower_state(backbone, static, where="the static merge")
+        device = device or torch.device("cpu")
+
+        def make_experts(path: str, task_vectors: Sequence[TaskVector]) -> Experts:
+            return _stored(self.make_experts(path, task_vectors, device), self.expert_dtype, path)
+
+        with tqdm(mlps, desc="building experts", unit="layer", disable=None) as bar:
             tower = upcycle_mlps(
                 backbone,
                 pretrained,
                 finetuned,
-                make_experts=partial(self.make_experts, device=device or torch.device("cpu")),
+                make_experts=make_experts,
                 make_router=self.router_maker(torch.Generator().manual_seed(self.seed)),
                 routing=Routing.BATCH if self.batch_reduce else Routing.SAMPLE,
                 selection=self.make_selection(),
                 task_names=modelpool.model_names,
                 progress=bar.update,
+                in_place=True,
             )
         return MergedCLIPVisionModel.from_tower(
             tower,
@@ -254,7 +261,7 @@ class MoEMethod(Method):
     def skeleton(self, config: CLIPVisionConfig, num_tasks: int) -> MergedCLIPVisionModel:
         """Return the routed model that `build` would give, on the meta device: its shapes, without memory for values.
 
-        A sparse bank may really be a little smaller; see `num_survivors`.
+        A sparse bank may really be a little smaller, where magnitudes are equal, or larger, where gaps are wide.
 
         Args:
             config: the tower's configuration.
@@ -269,7 +276,8 @@ class MoEMethod(Method):
 
         def make_bank(_path: str, linear: nn.Linear) -> Experts:
             spec = self.experts_spec(num_tasks, linear.in_features, linear.out_features)
-            return empty_experts(spec, linear.in_features, linear.out_features)
+            bank = empty_experts(spec, linear.in_features, linear.out_features)
+            return bank.to(_EXPERT_DTYPES[self.expert_dtype])
 
         with torch.device("meta"):
             tower = route_mlps(
@@ -354,7 +362,8 @@ class MoEMethod(Method):
     ) -> Progress | None:
         if self.cache_dir is None or self.fast_dev_run:
             return None
-        deciding = ("objective", "optimizer", "lr", "batch_size", "batch_reduce", "use_grad_accumulate", "seed")
+        deciding = ["objective", "optimizer", "lr", "batch_size", "batch_reduce", "use_grad_accumulate", "seed"]
+        deciding.append("expert_dtype")
         belongs_to = self._belongs_to(modelpool) | {"adaptation": {name: getattr(self, name) for name in deciding}}
         options: dict[str, Any] = {"save_every": self.save_every, "resume": self.resume}
         progress = open_progress(self.cache_dir, self.method_name, belongs_to, pools, fabric, **options)
@@ -373,6 +382,16 @@ class MoEMethod(Method):
             "tasks": modelpool.model_names,
             "fingerprints": modelpool.fingerprints(),
         }
+
+
+def _stored(experts: Experts, dtype: str, path: str) -> Experts:
+    """Return a bank in the precision that it is stored in."""
+    experts = experts.to(_EXPERT_DTYPES[dtype])
+    if not all(torch.isfinite(parameter).all() for parameter in experts.parameters()):
+        raise ConfigError(
+            f"`expert_dtype`={dtype} cannot hold the task vectors of `{path}`; choose bfloat16 or float32"
+        )
+    return experts
 
 
 def _same(spec: Any, other: Any) -> bool:

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fusion_merge.errors import ConfigError
-from fusion_merge.moe.row_blocks import merged_linear
+from fusion_merge.moe.factors import factored_linear, merged_factors
+from fusion_merge.moe.gaps import decode, encode
+from fusion_merge.moe.row_blocks import ROWS, along, lies_along, merged_linear
 from fusion_merge.task_vectors import magnitude_prune, truncated_svd
 
 
@@ -81,11 +82,11 @@ class DenseExperts(Experts):
     .. math:: W = W_0 + \sum_n g_n \tau_n, \qquad b = b_0 + \sum_n g_n \beta_n
 
     Args:
-        weight: the weights' task vectors.
+        weight: the weights' task vectors, along the longer side: transposed where the layer narrows.
         bias: the biases' task vectors.
 
     Shape:
-        weight (N, O, I), bias (N, O); K = N.
+        weight (N, L, S), bias (N, O); K = N.
 
     Source: WEMoE, arXiv 2402.00433, eq. 4.
     """
@@ -103,20 +104,27 @@ class DenseExperts(Experts):
         Args:
             task_vectors: N task vectors of the layer.
         """
-        return cls(torch.stack([t.weight for t in task_vectors]), torch.stack([t.bias for t in task_vectors]))
+        return cls(torch.stack([along(t.weight) for t in task_vectors]), torch.stack([t.bias for t in task_vectors]))
 
     def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
         """See `Experts.forward`."""
-        bias = torch.addmm(base.bias.unsqueeze(0), coefficients, self.bias)  # (B, O) or (1, O)
-        return merged_linear(x, coefficients, base.weight, bias, self.rows)
+        return merged_linear(x, coefficients, base.weight, _merged_bias(base, coefficients, self.bias), self.rows)
 
     def rows(self, first: int, last: int) -> Tensor:
         """See `row_blocks.Rows`."""
-        return self.weight[:, first:last]  # (N, rows, I)
+        return self.weight[:, first:last]  # (N, rows, S)
+
+    def expand(self) -> Tensor:
+        """Return the task vectors in the order of the layer.
+
+        Shape:
+            → (N, O, I).
+        """
+        return self.weight.mT if self.weight.shape[1] != self.bias.shape[1] else self.weight
 
     def delta(self, coefficients: Tensor) -> LinearDelta:
         """See `Experts.delta`."""
-        return _dense_delta(coefficients, self.weight, self.bias)
+        return _delta(coefficients, self.expand(), self.bias)
 
     def spec(self) -> dict[str, Any]:
         """See `Experts.spec`."""
@@ -129,36 +137,33 @@ class SparseExperts(Experts):
 
     .. math:: W = W_0 + \sum_n g_n \,(\tau_n \odot M_n), \qquad b = b_0 + \sum_n g_n \,(\beta_n \odot m_n)
 
-    Weights are kept in compressed rows (value, 16-bit column, 32-bit start of each row): 6 bytes for each entry that
-    survives instead of 4 for each entry, so 90 % pruning takes about 15 % of the dense bank. Biases are short and
-    kept as they are, zeros included.
+    Weights are kept as values and the gaps between them (see `gaps`): 5 bytes for each entry that survives instead of
+    4 for each entry, so 90 % pruning takes an eighth of the dense bank. Biases are short and kept as they are.
 
     Args:
-        values: the surviving entries, output row after output row and within one task after task, so that a block of
-            rows of all tasks lies together.
-        columns: the column of each of them.
-        starts: where each task's part of each row begins in `values`, and the end.
+        values: the entries that survive, and some zeros between them.
+        gaps: how far each is from the one before, in blocks of `row_blocks.ROWS` rows along the longer side: block
+            after block, within one task after task, and within that row after row.
+        starts: where each block begins in `values`, and the end.
         bias: the pruned biases.
-        in_features: I, at most 32,767.
+        shape: the layer's (O, I).
 
     Shape:
-        values (S,), columns (S,) int16, starts (O·N + 1,) int32, bias (N, O); K = N.
+        values (S,), gaps (S,) uint8, starts (blocks + 1,) int32, bias (N, O); K = N.
 
     Source: E-WEMoE, arXiv 2410.21804. The reference stores the zeros; this bank does not.
     """
 
-    columns: Tensor
+    gaps: Tensor
     starts: Tensor
 
-    def __init__(self, values: Tensor, columns: Tensor, starts: Tensor, bias: Tensor, in_features: int) -> None:
+    def __init__(self, values: Tensor, gaps: Tensor, starts: Tensor, bias: Tensor, shape: tuple[int, int]) -> None:
         super().__init__()
-        if in_features > torch.iinfo(torch.int16).max:
-            raise ConfigError(f"`in_features`={in_features} is above 32767, the widest layer of a sparse bank")
         self.values = nn.Parameter(values, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)
-        self.register_buffer("columns", columns)
+        self.register_buffer("gaps", gaps)
         self.register_buffer("starts", starts)
-        self.in_features = in_features
+        self.shape = shape
         self.num_coefficients = bias.shape[0]
 
     @classmethod
@@ -169,44 +174,39 @@ class SparseExperts(Experts):
             task_vectors: N task vectors of the layer.
             prune_ratio: the share of each tensor to drop, in [0, 1).
         """
-        pruned = torch.stack([magnitude_prune(t.weight, prune_ratio) for t in task_vectors])  # (N, O, I)
+        pruned = torch.stack([along(magnitude_prune(t.weight, prune_ratio)) for t in task_vectors])  # (N, L, S)
         bias = torch.stack([magnitude_prune(t.bias, prune_ratio) for t in task_vectors])  # (N, O)
-        rows = pruned.transpose(0, 1).flatten(0, 1)  # (O·N, I)
-        kept = rows != 0
-        counts = kept.sum(dim=1).cumsum(dim=0)  # (O·N,)
-        starts = torch.cat([counts.new_zeros(1), counts])  # (O·N + 1,)
-        columns = kept.nonzero()[:, 1]  # (S,)
-        return cls(rows[kept], columns.to(torch.int16), starts.to(torch.int32), bias, rows.shape[1])
+        blocks = torch.cat([block.flatten() for block in pruned.split(ROWS, dim=1)])  # (N·L·S,)
+        encoded = encode(blocks, len(pruned) * ROWS * pruned.shape[2])
+        out_features, in_features = task_vectors[0].weight.shape
+        return cls(*encoded, bias, (out_features, in_features))
 
     def rows(self, first: int, last: int) -> Tensor:
-        """See `row_blocks.Rows`: the rows are expanded as they are asked for."""
-        num_tasks, height = self.bias.shape[0], last - first
-        starts = self.starts[first * num_tasks : last * num_tasks + 1].long()  # (rows·N + 1,)
-        found = slice(int(starts[0]), int(starts[-1]))
-        row, task = torch.arange(height, device=starts.device)[:, None], torch.arange(num_tasks, device=starts.device)
-        corners = ((task * height + row) * self.in_features).flatten()  # (rows·N,): where each row begins below
-        positions = corners.repeat_interleave(starts.diff(), output_size=found.stop - found.start)
-        positions += self.columns[found]
-        dense = self.values.new_zeros(num_tasks * height * self.in_features)
-        dense[positions] = self.values[found]
-        return dense.view(num_tasks, height, self.in_features)  # (N, rows, I)
+        """See `row_blocks.Rows`: a block is expanded when it is asked for."""
+        begin, end = self.starts[first // ROWS : first // ROWS + 2].tolist()
+        short = min(self.shape)
+        block = self.values.new_zeros(self.num_coefficients * (last - first) * short)
+        decode(self.values[begin:end], self.gaps[begin:end], block)
+        return block.view(self.num_coefficients, last - first, short)  # (N, rows, S)
 
     def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
         """See `Experts.forward`."""
-        bias = torch.addmm(base.bias.unsqueeze(0), coefficients, self.bias)  # (B, O) or (1, O)
-        return merged_linear(x, coefficients, base.weight, bias, self.rows)
+        return merged_linear(x, coefficients, base.weight, _merged_bias(base, coefficients, self.bias), self.rows)
 
     def expand(self) -> Tensor:
-        """Return the pruned task vectors as a dense tensor.
+        """Return the pruned task vectors as a dense tensor, in the order of the layer.
 
         Shape:
             → (N, O, I).
         """
-        return self.rows(0, self.bias.shape[1])
+        length = max(self.shape)
+        blocks = [self.rows(first, min(first + ROWS, length)) for first in range(0, length, ROWS)]
+        long = torch.cat(blocks, dim=1)  # (N, L, S)
+        return long if lies_along(*self.shape) else long.mT
 
     def delta(self, coefficients: Tensor) -> LinearDelta:
         """See `Experts.delta`."""
-        return _dense_delta(coefficients, self.expand(), self.bias)
+        return _delta(coefficients, self.expand(), self.bias)
 
     def spec(self) -> dict[str, Any]:
         """See `Experts.spec`."""
@@ -264,19 +264,18 @@ class LowRankExperts(Experts):
 
     def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
         """See `Experts.forward`: in factors, or as one merged weight a batch where that takes fewer operations."""
-        bias = base.bias + self._bias_delta()  # (O,)
+        bias = base.bias + self._bias_delta().to(base.bias.dtype)  # (O,)
         out_features, in_features = base.weight.shape
         tokens = x.shape[0] * x.shape[1]
-        if coefficients.shape[0] == 1 and out_features * in_features < tokens * (out_features + in_features):
-            weight = torch.addmm(base.weight, self.left * coefficients, self.right)  # (O, I)
-            return F.linear(x, weight, bias)  # (B, T, O)
-        hidden = F.linear(x, self.right) * coefficients.unsqueeze(1)  # (B, T, K)
-        return F.linear(x, base.weight, bias) + F.linear(hidden, self.left)  # (B, T, O)
+        one = coefficients.shape[0] == 1 and out_features * in_features < tokens * (out_features + in_features)
+        apply = merged_factors if one else factored_linear
+        return apply(x, coefficients, base.weight, bias, self.left, self.right)
 
     def delta(self, coefficients: Tensor) -> LinearDelta:
         """See `Experts.delta`."""
-        weight = torch.einsum("ok,bk,ki->boi", self.left, coefficients, self.right)  # (B, O, I)
-        return LinearDelta(weight, self._bias_delta().expand(coefficients.shape[0], -1))  # (B, O)
+        left, right = self.left.to(coefficients.dtype), self.right.to(coefficients.dtype)
+        weight = torch.einsum("ok,bk,ki->boi", left, coefficients, right)  # (B, O, I)
+        return LinearDelta(weight, self._bias_delta().to(weight.dtype).expand(coefficients.shape[0], -1))  # (B, O)
 
     def spec(self) -> dict[str, Any]:
         """See `Experts.spec`."""
@@ -284,7 +283,8 @@ class LowRankExperts(Experts):
         return low_rank_spec(num_tasks, self.num_coefficients // num_tasks, self.bias_scaling)
 
     def _bias_delta(self) -> Tensor:
-        return self.bias_scaling * self.bias.sum(dim=0)  # (O,)
+        exact = torch.promote_types(self.bias.dtype, torch.float32)
+        return self.bias_scaling * self.bias.sum(dim=0, dtype=exact)  # (O,)
 
 
 def dense_spec(num_tasks: int) -> dict[str, Any]:
@@ -301,7 +301,8 @@ def sparse_spec(num_tasks: int, num_values: int) -> dict[str, Any]:
 
     Args:
         num_tasks: N.
-        num_values: S, the entries of all N weights that survive; `num_survivors` says how many in one.
+        num_values: S, the entries that are stored: those of all N weights that survive (`num_survivors` says how many
+            in one), and some zeros between them.
     """
     return {"kind": "sparse", "num_tasks": num_tasks, "num_values": num_values}
 
@@ -331,12 +332,11 @@ def empty_experts(spec: dict[str, Any], in_features: int, out_features: int) -> 
     kind, num_tasks = spec["kind"], spec["num_tasks"]
     bias = torch.zeros(num_tasks, out_features)
     if kind == "dense":
-        return DenseExperts(torch.zeros(num_tasks, out_features, in_features), bias)
+        return DenseExperts(along(torch.zeros(num_tasks, out_features, in_features)).contiguous(), bias)
     if kind == "sparse":
-        values = torch.zeros(spec["num_values"])
-        columns = torch.zeros(spec["num_values"], dtype=torch.int16)
-        pointers = torch.zeros(num_tasks * out_features + 1, dtype=torch.int32)
-        return SparseExperts(values, columns, pointers, bias, in_features)
+        values, gaps = torch.zeros(spec["num_values"]), torch.zeros(spec["num_values"], dtype=torch.uint8)
+        starts = torch.zeros(-(-max(out_features, in_features) // ROWS) + 1, dtype=torch.int32)
+        return SparseExperts(values, gaps, starts, bias, (out_features, in_features))
     if kind == "low_rank":
         size = num_tasks * spec["rank"]
         left, right = torch.zeros(out_features, size), torch.zeros(size, in_features)
@@ -344,5 +344,10 @@ def empty_experts(spec: dict[str, Any], in_features: int, out_features: int) -> 
     raise ConfigError(f"expert bank of kind `{kind}` is unknown; known are dense, sparse and low_rank")
 
 
-def _dense_delta(coefficients: Tensor, weight: Tensor, bias: Tensor) -> LinearDelta:
+def _merged_bias(base: nn.Linear, coefficients: Tensor, bias: Tensor) -> Tensor:
+    return torch.addmm(base.bias.unsqueeze(0), coefficients, bias.to(coefficients.dtype))  # (B, O) or (1, O)
+
+
+def _delta(coefficients: Tensor, weight: Tensor, bias: Tensor) -> LinearDelta:
+    weight, bias = weight.to(coefficients.dtype), bias.to(coefficients.dtype)
     return LinearDelta(torch.einsum("bn,noi->boi", coefficients, weight), coefficients @ bias)

@@ -122,14 +122,13 @@ class MoEMLP(nn.Module):
         Shape:
             (B, T, D) → (B, K) under sample routing, (1, K) under batch routing.
         """
-        scores: Tensor = self.router(tokens)  # (B, T, K)
-        routed = scores.to(torch.promote_types(scores.dtype, torch.float32)).mean(dim=1)  # (B, K)
+        routed = self.router.pooled(tokens)  # (B, K)
         if self.routing is Routing.BATCH:
             routed = routed.mean(dim=0, keepdim=True)  # (1, K)
             if self.over_processes:
                 routed = _MeanOverProcesses.apply(routed)
         selected: Tensor = self.selection(routed)
-        return selected.to(scores.dtype)
+        return selected.to(tokens.dtype)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the MLP's output; shapes as in the class docstring.

@@ -29,6 +29,17 @@ class Router(nn.Module, ABC):
             (B, T, D) → (B, T, K).
         """
 
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """Return the mean coefficients of each sample's tokens, in float32 at least.
+
+        Args:
+            tokens: the input of the MLP.
+
+        Shape:
+            (B, T, D) → (B, K).
+        """
+        return _mean(self(tokens))
+
     @abstractmethod
     def spec(self) -> dict[str, Any]:
         """Return what `empty_router` needs to make a router of the same shapes, as plain JSON values."""
@@ -53,6 +64,10 @@ class ConstantRouter(Router):
     def forward(self, tokens: Tensor) -> Tensor:
         """See `Router.forward`."""
         return self.coefficients.expand(*tokens.shape[:2], -1)  # (B, T, K)
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """See `Router.pooled`."""
+        return _exact(self.coefficients).expand(tokens.shape[0], -1)  # (B, K)
 
     def spec(self) -> dict[str, Any]:
         """See `Router.spec`."""
@@ -87,6 +102,10 @@ class LinearRouter(Router):
     def forward(self, tokens: Tensor) -> Tensor:
         """See `Router.forward`."""
         return self.out(tokens)  # (B, T, K)
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """See `Router.pooled`: of a linear map, the mean of the outputs is the output of the mean."""
+        return _exact(self.out(_mean(tokens).to(tokens.dtype)))  # (B, K)
 
     def spec(self) -> dict[str, Any]:
         """See `Router.spec`."""
@@ -126,6 +145,11 @@ class MLPRouter(Router):
     def forward(self, tokens: Tensor) -> Tensor:
         """See `Router.forward`."""
         return self.out(torch.relu(self.inner(tokens)))  # (B, T, K)
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """See `Router.pooled`: the last layer is linear, and sees the mean of its inputs."""
+        hidden = torch.relu(self.inner(tokens))  # (B, T, hidden)
+        return _exact(self.out(_mean(hidden).to(hidden.dtype)))  # (B, K)
 
     def spec(self) -> dict[str, Any]:
         """See `Router.spec`."""
@@ -169,9 +193,16 @@ class LayerEncodedRouter(Router):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """See `Router.forward`."""
-        code = self.code.to(tokens).expand(*tokens.shape[:2], -1)  # (B, T, p)
-        coefficients: Tensor = self.shared(torch.cat([code, tokens], dim=-1))  # (B, T, K)
+        coefficients: Tensor = self.shared(self._with_code(tokens))  # (B, T, K)
         return coefficients
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """See `Router.pooled`."""
+        return self.shared.pooled(self._with_code(tokens))  # (B, K)
+
+    def _with_code(self, tokens: Tensor) -> Tensor:
+        code = self.code.to(tokens).expand(*tokens.shape[:2], -1)  # (B, T, p)
+        return torch.cat([code, tokens], dim=-1)  # (B, T, p + D)
 
     def spec(self) -> dict[str, Any]:
         """See `Router.spec`."""
@@ -253,6 +284,15 @@ def _empty_router(spec: dict[str, Any]) -> Router:
     if kind == "mlp":
         return MLPRouter(spec["width"], spec["hidden"], spec["num_coefficients"])
     raise ConfigError(f"router of kind `{kind}` is unknown; known are constant, linear, mlp and layer_encoded")
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Return the mean over tokens, in float32 at least: (B, T, …) → (B, …)."""
+    return _exact(values).mean(dim=1)
+
+
+def _exact(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _linear(inputs: int, outputs: int, bias: float, generator: torch.Generator | None) -> nn.Linear:

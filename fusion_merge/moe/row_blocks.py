@@ -1,36 +1,64 @@
 """A linear layer whose weight is merged for every sample, without ever holding the merged weights.
 
-Output rows are taken in blocks that fit into the processor's cache: the block of all task vectors is read once, merged
-for all samples at once, multiplied with their tokens, and let go. Backwards the block is merged again, and the gradient
-of the coefficients is the product of dyᵀx with the block. What is kept between the two is the input alone.
+Every weight here lies along its longer side: (L, S), which is the layer's (O, I) where it widens, and the transpose
+where it narrows. Its rows are taken in blocks that fit into the processor's cache: the block of all task vectors is
+read once, merged for all samples at once, multiplied with their tokens, and let go. Backwards the block is merged
+again, and the gradient of the coefficients is the product of the weight's own gradient, dyᵀx, with the block. What is
+kept between the two is the input alone.
+
+Where all samples share one weight, that is kept too: it is no larger than the layer's own.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_SAMPLE_BYTES = 4 * 2**20  # of a block where each sample has its own weights: it should stay in the cache
-_BATCH_BYTES = 32 * 2**20  # of a block where all share one: it is used once, and larger products are faster
+ROWS = 64
+"""Rows of a block: few enough for the cache, and enough for products that are worth their memory traffic."""
 
 
 class Rows(Protocol):
-    """A bank that gives its task vectors row by row."""
+    """A bank that gives its task vectors row by row, along the longer side."""
 
     def __call__(self, first: int, last: int) -> Tensor:
         """Return the rows from `first` up to, not including, `last` of all N task vectors.
 
         Args:
-            first: the first output row.
-            last: the row after the last.
+            first: the first row, a multiple of `ROWS`.
+            last: the row after the last, at most `first + ROWS`.
 
         Shape:
-            → (N, rows, I).
+            → (N, rows, S).
         """
         ...
+
+
+def lies_along(out_features: int, in_features: int) -> bool:
+    """Tell whether a weight (O, I) is taken as it is; one that narrows is taken transposed.
+
+    Args:
+        out_features: O.
+        in_features: I.
+    """
+    return out_features >= in_features
+
+
+def along(weight: Tensor) -> Tensor:
+    """Return a weight, or a stack of them, along the longer side: the same tensor, or its transpose.
+
+    Args:
+        weight: in the order of a linear layer, or along the longer side already: to go back is the same again.
+
+    Shape:
+        (…, O, I) → (…, L, S).
+    """
+    return weight if lies_along(*weight.shape[-2:]) else weight.mT
 
 
 def merged_linear(x: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, rows: Rows) -> Tensor:
@@ -48,63 +76,129 @@ def merged_linear(x: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor,
     Shape:
         x (B, T, I), coefficients (B, N) or (1, N), weight (O, I), bias (B, O) or (1, O) → (B, T, O).
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):  # the backward pass runs outside of the context
-        dtype = torch.get_autocast_dtype(device)
-        x = x.to(dtype)
-    with torch.autocast(device, enabled=False):
-        output: Tensor = _MergedLinear.apply(x, coefficients.to(x.dtype), weight, bias.to(x.dtype), rows)
+    x = in_autocast_dtype(x)
+    function = _MergedForAll if coefficients.shape[0] == 1 else _MergedForEach
+    with torch.autocast(x.device.type, enabled=False):
+        output: Tensor = function.apply(x, coefficients.to(x.dtype), weight.to(x.dtype), bias.to(x.dtype), rows)
     return output
 
 
-class _MergedLinear(torch.autograd.Function):
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """Return a tensor in the precision that products have here: backward passes run outside of the context.
+
+    Args:
+        x: the input of a product, of any shape.
+    """
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+class _MergedForEach(torch.autograd.Function):
+    """Each sample has a weight of its own."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, rows: Rows) -> Tensor:
         ctx.save_for_backward(x, coefficients, weight)
         ctx.rows = rows
-        output = x.new_empty(*x.shape[:2], weight.shape[0])  # (B, T, O)
-        for first, last in _blocks(x, coefficients, weight):
-            merged = _merge(coefficients, weight[first:last], rows(first, last).to(x.dtype))
-            part = bias[:, first:last]  # (B, rows) or (1, rows)
-            if merged.shape[0] == 1:
-                output[..., first:last] = F.linear(x, merged[0], part[0])  # (B, T, rows)
+        widens = lies_along(*weight.shape)
+        if widens:
+            output = x.new_empty(*x.shape[:2], weight.shape[0])  # (B, T, O)
+        else:
+            output = _exact(bias).unsqueeze(1).repeat(1, x.shape[1], 1)  # (B, T, O)
+        for part, merged, _ in _merged_blocks(x, coefficients, weight, rows):
+            if widens:
+                output[..., part] = torch.baddbmm(bias[:, None, part], x, merged.mT)  # (B, T, rows)
             else:
-                output[..., first:last] = torch.baddbmm(part.unsqueeze(1), x, merged.mT)  # (B, T, rows)
-        return output
+                _accumulate(output, x[..., part], merged)
+        return output.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, coefficients, weight = ctx.saved_tensors
         for_input, for_coefficients, _, for_bias, _ = ctx.needs_input_grad
-        gradient = gradient.contiguous()
-        one = coefficients.shape[0] == 1
-        exact = torch.promote_types(x.dtype, torch.float32)  # sums over blocks are not rounded to half precision
-        dx = torch.zeros_like(x, dtype=exact) if for_input else None  # (B, T, I)
-        dg = torch.zeros_like(coefficients, dtype=exact) if for_coefficients else None  # (B, N) or (1, N)
-        for first, last in _blocks(x, coefficients, weight):
-            block = ctx.rows(first, last).to(x.dtype)  # (N, rows, I)
-            dy = gradient[..., first:last]  # (B, T, rows)
-            if dx is not None:
-                merged = _merge(coefficients, weight[first:last], block)
-                dx += torch.matmul(dy, merged[0]) if one else torch.bmm(dy, merged)
+        widens = lies_along(*weight.shape)
+        short, long = (x, gradient) if widens else (gradient, x)  # (B, T, S), (B, T, L)
+        dx = torch.zeros_like(_exact(x)) if for_input else None  # (B, T, I)
+        dg = torch.zeros_like(_exact(coefficients)) if for_coefficients else None  # (B, N)
+        memory = x.new_empty(x.shape[0] * ROWS * short.shape[-1])
+        for part, merged, block in _merged_blocks(x, coefficients, weight, ctx.rows):
+            if dx is not None and widens:
+                _accumulate(dx, gradient[..., part], merged)
+            elif dx is not None:
+                dx[..., part] = torch.bmm(gradient, merged.mT)  # (B, T, rows)
             if dg is not None:
-                left, right = (dy.flatten(0, 1), x.flatten(0, 1)) if one else (dy, x)
-                dw = torch.matmul(left.mT, right)  # (B, rows, I), or (rows, I) for the whole batch
-                dg += dw.reshape(coefficients.shape[0], -1) @ block.flatten(1).T
-        db = gradient.sum(dim=(0, 1) if one else 1).view(coefficients.shape[0], -1) if for_bias else None
+                dw = _view(memory, *merged.shape)  # (B, rows, S)
+                torch.bmm(long[..., part].mT, short, out=dw)
+                dg += dw.flatten(1) @ block.flatten(1).T
+        db = gradient.sum(dim=1) if for_bias else None  # (B, O)
         dx, dg = (d.to(x.dtype) if d is not None else None for d in (dx, dg))
         return dx, dg, None, db, None
 
 
-def _merge(coefficients: Tensor, weight: Tensor, block: Tensor) -> Tensor:
-    merged = torch.addmm(weight.to(block.dtype).reshape(1, -1), coefficients, block.flatten(1))
-    return merged.view(-1, *weight.shape)  # (B, rows, I) or (1, rows, I)
+class _MergedForAll(torch.autograd.Function):
+    """All samples share one weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, rows: Rows) -> Tensor:
+        base = along(weight).contiguous()
+        merged = torch.empty_like(base)  # (L, S)
+        for part, block in _blocks(rows, base):
+            torch.addmm(base[part].view(1, -1), coefficients, block.flatten(1), out=merged[part].view(1, -1))
+        merged = merged if lies_along(*weight.shape) else merged.T  # (O, I)
+        ctx.save_for_backward(x, coefficients, merged)
+        ctx.rows = rows
+        return F.linear(x, merged, bias[0])  # (B, T, O)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, coefficients, merged = ctx.saved_tensors
+        for_input, for_coefficients, _, for_bias, _ = ctx.needs_input_grad
+        dx = torch.matmul(gradient, merged) if for_input else None  # (B, T, I)
+        dg = None
+        if for_coefficients:
+            dg = torch.zeros_like(_exact(coefficients))  # (1, N)
+            short, long = (x, gradient) if lies_along(*merged.shape) else (gradient, x)
+            dw = torch.matmul(long.flatten(0, 1).T, short.flatten(0, 1))  # (L, S)
+            for part, block in _blocks(ctx.rows, dw):
+                dg += dw[part].view(1, -1) @ block.flatten(1).T
+            dg = dg.to(x.dtype)
+        db = gradient.sum(dim=(0, 1)).unsqueeze(0) if for_bias else None  # (1, O)
+        return dx, dg, None, db, None
 
 
-def _blocks(x: Tensor, coefficients: Tensor, weight: Tensor) -> list[tuple[int, int]]:
-    """Return the first and last rows of blocks that, merged and not, take a few megabytes."""
-    out_features, in_features = weight.shape
-    row_bytes = sum(coefficients.shape) * in_features * x.element_size()
-    wanted = _BATCH_BYTES if coefficients.shape[0] == 1 else _SAMPLE_BYTES
-    step = max(16, wanted // row_bytes // 16 * 16)
-    return [(first, min(first + step, out_features)) for first in range(0, out_features, step)]
+def _merged_blocks(
+    x: Tensor, coefficients: Tensor, weight: Tensor, rows: Rows
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Give each block's place along the longer side, its rows merged for each sample (B, rows, S), and the block."""
+    base, samples = along(weight).contiguous(), x.shape[0]  # (L, S)
+    memory = x.new_empty(ROWS * samples * base.shape[1])  # used again and again: fresh memory has to be mapped in
+    for part, block in _blocks(rows, base):
+        height = block.shape[1]
+        merged = _view(memory, height, samples, base.shape[1])  # (rows, B, S): small products, row by row, are fastest
+        each = coefficients.expand(height, -1, -1)  # (rows, B, N)
+        torch.baddbmm(base[part].unsqueeze(1), each, block.transpose(0, 1), out=merged)
+        yield part, merged.transpose(0, 1), block
+
+
+def _blocks(rows: Rows, base: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Give each block's place along the longer side, and all task vectors' rows in the precision of `base`."""
+    for first in range(0, base.shape[0], ROWS):
+        last = min(first + ROWS, base.shape[0])
+        yield slice(first, last), rows(first, last).to(base.dtype)
+
+
+def _accumulate(total: Tensor, tokens: Tensor, weight: Tensor) -> None:
+    """Add to a sum over blocks, which may be of a higher precision."""
+    if total.dtype == tokens.dtype:
+        total.baddbmm_(tokens, weight)
+    else:
+        total += torch.bmm(tokens, weight)
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """Return a tensor in the precision of sums over blocks, which are not rounded to half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _view(memory: Tensor, *shape: int) -> Tensor:
+    return memory[: math.prod(shape)].view(shape)

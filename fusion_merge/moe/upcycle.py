@@ -59,14 +59,15 @@ def upcycle_mlps(
     selection: Selection | None = None,
     task_names: Sequence[str] | None = None,
     progress: Callable[[], object] | None = None,
+    in_place: bool = False,
 ) -> nn.Module:
     """Return a copy of a statically merged model whose MLPs are routed.
 
     The base inside each routed MLP is the *pretrained* MLP, not the merged one. States are read one tensor at a
-    time. Inputs are never changed.
+    time. Inputs are never changed, unless `merged` is to be.
 
     Args:
-        merged: the statically merged model.
+        merged: the statically merged model; of its MLPs the shapes alone matter.
         pretrained: the state that every model was fine-tuned from, under the names of `merged`.
         finetuned: the N fine-tuned states, under the names of `merged`.
         make_experts: makes the bank of one linear layer.
@@ -75,6 +76,7 @@ def upcycle_mlps(
         selection: how many of the coefficients take part; by default all.
         task_names: how notes call the N models; by default their numbers.
         progress: called when an MLP is done.
+        in_place: route the MLPs of `merged` itself, which saves the memory of a copy.
 
     Raises:
         ModelError: if there is no fine-tuned model, or no MLP that can be upcycled.
@@ -95,7 +97,13 @@ def upcycle_mlps(
         return make_experts(path, vectors)
 
     model = route_mlps(
-        merged, make_bank=make_bank, make_router=make_router, routing=routing, selection=selection, progress=progress
+        merged,
+        make_bank=make_bank,
+        make_router=make_router,
+        routing=routing,
+        selection=selection,
+        progress=progress,
+        in_place=in_place,
     )
     for task, count in unchanged.items():
         if count:
@@ -116,6 +124,7 @@ def route_mlps(
     routing: Routing | str,
     selection: Selection | None = None,
     progress: Callable[[], object] | None = None,
+    in_place: bool = False,
 ) -> nn.Module:
     """Return a copy of a model whose MLPs are routed, with the MLPs' own layers as bases; no task vector is needed.
 
@@ -126,11 +135,12 @@ def route_mlps(
         routing: what the routers' outputs are averaged over.
         selection: how many of the coefficients take part; by default all.
         progress: called when an MLP is done.
+        in_place: route the MLPs of `model` itself.
 
     Raises:
         ModelError: if there is no MLP that can be upcycled.
     """
-    routed = copy.deepcopy(model).requires_grad_(False)
+    routed = (model if in_place else copy.deepcopy(model)).requires_grad_(False)
     for index, (name, mlp) in enumerate(find_mlps(routed).items()):
         fc1, activation, fc2 = mlp_parts(mlp)
         first = MoELinear(fc1, make_bank(f"{name}.fc1", fc1))

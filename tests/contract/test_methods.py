@@ -442,3 +442,27 @@ def test_a_router_is_pruned_after_adaptation_and_after_loading_alike(modelpool, 
 def test_a_position_code_that_no_router_would_see_is_refused(options, match):
     with pytest.raises(ConfigError, match=match):
         EWEMoEAlgorithm(**options)
+
+
+@every_routed_method
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_experts_may_be_stored_in_half_precision(name, dtype, modelpool, images, tmp_path):
+    """Half of the memory, hardly another output, and all else in single precision."""
+    exact, half = (quick(name, max_steps=0, expert_dtype=d).run(modelpool) for d in ("float32", dtype))
+    for key, tensor in half.state_dict().items():
+        stored = getattr(torch, dtype) if ".experts." in key and tensor.is_floating_point() else None
+        assert tensor.dtype == (stored or exact.state_dict()[key].dtype), key
+    outputs, expected = half(images).pooler_output, exact(images).pooler_output
+    assert outputs.dtype == torch.float32
+    torch.testing.assert_close(outputs, expected, atol=2e-2, rtol=2e-2)
+    half.save_pretrained(tmp_path)
+    assert_same_bits(tensors_of(MergedCLIPVisionModel.from_pretrained(tmp_path)), tensors_of(half))
+    outputs.sum().backward()
+    assert all(p.grad is not None for p in half.parameters() if p.requires_grad)
+
+
+def test_a_precision_that_cannot_hold_the_experts_is_refused(pool_dir):
+    pool = module_pool(pool_dir)
+    pool.state("cats")["encoder.layers.1.mlp.fc2.weight"][0, 0] = 1e6
+    with pytest.raises(ConfigError, match=r"`expert_dtype`=float16 .* `encoder.layers.1.mlp.fc2`; choose bfloat16"):
+        quick("wemoe", max_steps=0, expert_dtype="float16").run(pool)

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fusion_merge.moe import Experts, LowRankExperts, SparseExperts
+from fusion_merge.moe import Experts, LowRankExperts
 from fusion_merge.moe.experts import TaskVector
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)
@@ -86,8 +86,7 @@ def cases(draw, kind: str) -> Case:
 
 def task_tensors(bank: Experts) -> tuple[Tensor, Tensor]:
     """Return τ (N, O, I) and β (N, O) of a dense or sparse bank, in float64."""
-    weight = bank.expand() if isinstance(bank, SparseExperts) else bank.weight
-    return weight.detach().double(), bank.bias.detach().double()
+    return bank.expand().detach().double(), bank.bias.detach().double()
 
 
 # Stored in half precision

@@ -100,7 +100,7 @@ def test_half_converts_values_and_leaves_the_index_of_a_sparse_bank(modelpool, t
     bank = moe_layers(MergedCLIPVisionModel.from_pretrained(tmp_path / "merged").vision_model)[
         "encoder.layers.0.mlp"
     ].fc1.experts
-    assert (bank.values.dtype, bank.columns.dtype, bank.starts.dtype) == (torch.float16, torch.int16, torch.int32)
+    assert (bank.values.dtype, bank.gaps.dtype, bank.starts.dtype) == (torch.float16, torch.uint8, torch.int32)
 
 
 def test_a_read_model_is_in_eval_mode_and_trains_routers_alone(model, tmp_path):

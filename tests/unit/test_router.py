@@ -149,3 +149,15 @@ def test_an_empty_router_takes_the_state_that_its_spec_was_made_from(depth):
 def test_an_unknown_kind_of_router_is_refused():
     with pytest.raises(ConfigError, match="`oracle` is unknown"):
         empty_router({"kind": "oracle"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_pooled_coefficients_are_the_mean_over_tokens(depth, dtype):
+    router = make_router(depth, 6, 5, 0.3, hidden=7, generator=torch.Generator().manual_seed(0))
+    coded = LayerEncodedRouter(make_router(depth, 10, 5, 0.3, hidden=7), 2, 4) if depth else router
+    tokens = torch.randn(3, 9, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for each in (router.to(dtype), coded.to(dtype)):
+        found, expected = each.pooled(tokens), each(tokens).double().mean(dim=1)
+        assert found.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(found.double(), expected, atol=1e-2 if dtype == torch.bfloat16 else 1e-6, rtol=1e-2)

@@ -8,31 +8,29 @@ from helpers import apply_delta, make_bank, random_linear, random_task_vectors
 
 from fusion_merge.moe import row_blocks
 
-BATCH, TOKENS, WIDTH, ROWS, TASKS = 3, 5, 6, 70, 4
+BATCH, TOKENS, SHORT, LONG, TASKS = 3, 5, 6, 70, 4  # one block of 64 rows, and a shorter one
+
+SHAPES = {"widens": (SHORT, LONG), "narrows": (LONG, SHORT), "square": (LONG, LONG), "one block": (SHORT, 8)}
+
+every_shape = pytest.mark.parametrize("shape", SHAPES)
 
 
-@pytest.fixture(params=["one block", "several blocks"])
-def blocks(request, monkeypatch) -> None:
-    if request.param == "several blocks":  # of 16 rows, and a shorter one at the end
-        monkeypatch.setattr(row_blocks, "_SAMPLE_BYTES", 1)
-        monkeypatch.setattr(row_blocks, "_BATCH_BYTES", 1)
-
-
-def _case(kind: str, samples: int, dtype: torch.dtype = torch.float64):
+def _case(kind: str, samples: int, dtype: torch.dtype = torch.float64, shape: str = "widens"):
     generator = torch.Generator().manual_seed(0)
-    bank = make_bank(kind, random_task_vectors(TASKS, ROWS, WIDTH, dtype=dtype))
-    base = random_linear(WIDTH, ROWS, dtype=dtype).requires_grad_(False)
-    x = torch.randn(BATCH, TOKENS, WIDTH, generator=generator, dtype=dtype, requires_grad=True)
+    inputs, outputs = SHAPES[shape]
+    bank = make_bank(kind, random_task_vectors(TASKS, outputs, inputs, dtype=dtype))
+    base = random_linear(inputs, outputs, dtype=dtype).requires_grad_(False)
+    x = torch.randn(BATCH, TOKENS, inputs, generator=generator, dtype=dtype, requires_grad=True)
     coefficients = torch.randn(samples, TASKS, generator=generator, dtype=dtype, requires_grad=True)
     return bank, base, x, coefficients
 
 
-@pytest.mark.usefixtures("blocks")
+@every_shape
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 @pytest.mark.parametrize("samples", [1, BATCH])
-def test_outputs_and_gradients_are_those_of_the_whole_merged_weight(kind, samples):
-    bank, base, x, coefficients = _case(kind, samples)
-    towards = torch.randn(BATCH, TOKENS, ROWS, dtype=torch.float64)
+def test_outputs_and_gradients_are_those_of_the_whole_merged_weight(kind, samples, shape):
+    bank, base, x, coefficients = _case(kind, samples, shape=shape)
+    towards = torch.randn(BATCH, TOKENS, base.out_features, dtype=torch.float64)
     output, expected = bank(x, coefficients, base), apply_delta(x, bank.delta(coefficients), base)
     torch.testing.assert_close(output, expected)
     found = torch.autograd.grad((output * towards).sum(), (x, coefficients))
@@ -40,11 +38,11 @@ def test_outputs_and_gradients_are_those_of_the_whole_merged_weight(kind, sample
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.usefixtures("blocks")
+@every_shape
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 @pytest.mark.parametrize("samples", [1, BATCH])
-def test_gradients_are_those_of_small_differences(kind, samples):
-    bank, base, x, coefficients = _case(kind, samples)
+def test_gradients_are_those_of_small_differences(kind, samples, shape):
+    bank, base, x, coefficients = _case(kind, samples, shape=shape)
     assert torch.autograd.gradcheck(lambda a, b: bank(a, b, base), (x, coefficients))
 
 
@@ -78,7 +76,11 @@ def test_no_merged_weight_is_kept_for_the_gradient(kind):
     assert max(kept) <= max(x.numel(), base.weight.numel())
 
 
-@pytest.mark.parametrize(("first", "last"), [(0, 1), (0, ROWS), (17, 40), (ROWS - 1, ROWS)])
-def test_a_sparse_bank_gives_any_rows(first, last):
-    bank = _case("sparse", 1)[0]
-    assert torch.equal(bank.rows(first, last), bank.expand()[:, first:last])
+@every_shape
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_a_bank_gives_its_rows_in_blocks_along_the_longer_side(kind, shape):
+    bank = _case(kind, 1, shape=shape)[0]
+    long = row_blocks.along(bank.expand())  # (N, L, S)
+    for first in range(0, long.shape[1], row_blocks.ROWS):
+        last = min(first + row_blocks.ROWS, long.shape[1])
+        assert torch.equal(bank.rows(first, last), long[:, first:last])
