@@ -15,6 +15,7 @@ LAYERS = (
     "errors",
     ("files", "options", "schema", "registry", "zoo"),
     "sealed",
+    "commits",
     "task_vectors",
     "moe",
     "models",
