@@ -165,9 +165,11 @@ def _commit(temporary: Path, folder: Path, replaces: Sequence[str]) -> None:
         raise IsADirectoryError(errno.EISDIR, "a folder has the name of one of the files")
     manifest = {"files": names, "replaces": list(replaces), "checksum": _checksum(names, replaces)}
     (temporary / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-    for file in (*temporary.iterdir(), temporary):
+    for file in temporary.iterdir():
+        file.chmod(default_mode(0o666))  # safetensors makes files that nobody else may read
         _sync(file)
     temporary.chmod(default_mode(0o777))
+    _sync(temporary)
     temporary.rename(folder / READY)
     _sync(folder)
 

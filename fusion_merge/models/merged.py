@@ -251,11 +251,11 @@ class MergedCLIPVisionModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: a folder, or a hub id such as `owner/name@revision`.
-            config: the configuration, if it was read already.
+            config: the configuration, if it was read already; it is used if it is this model's or was changed by hand.
             **kwargs: `dtype` converts floating-point tensors; `revision` names a version on the hub.
 
         Raises:
-            CheckpointError: if the files do not hold exactly the tensors of the model.
+            CheckpointError: if the files do not hold exactly the tensors of the model, or were changed since.
         """
         dtype = _dtype(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
         hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -185,6 +186,16 @@ def test_weights_in_other_files_do_not_stay_beside_those_of_a_new_tower(models, 
         *("config.json", "model.safetensors", "README.md", "model_backup.safetensors", "optimizer.bin")
     }
     assert models["tower"].is_in(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dense", "sharded", "tower"])
+def test_saved_files_have_the_permissions_that_the_user_asked_for(models, tmp_path, name):
+    previous = os.umask(0o027)
+    try:
+        models[name].save(tmp_path / "saved")
+    finally:
+        os.umask(previous)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "saved").iterdir()} == {0o640}
 
 
 ENDLESS = """
