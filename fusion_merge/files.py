@@ -35,7 +35,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(default_mode(0o666))
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
         raise FusionMergeError(f"cannot write `{target}`: {getattr(error, 'strerror', None) or error}") from error
@@ -96,7 +96,12 @@ def write_text(path: Path | str, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _umask() -> int:
+def default_mode(mode: int) -> int:
+    """Return the permissions that something new has here.
+
+    Args:
+        mode: those that it is made with, as 0o666 for files.
+    """
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    return mode & ~mask

@@ -33,6 +33,15 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return f"{total:08x}"
 
 
+def text_checksum(text: str) -> str:
+    """Return the CRC-32 of a text, as eight hexadecimal digits.
+
+    Args:
+        text: what is to be told from anything else.
+    """
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
 def write_sealed(path: Path | str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Write tensors and what they are about, whole or not at all.
 
@@ -46,7 +55,7 @@ def write_sealed(path: Path | str, tensors: Mapping[str, Tensor], about: Mapping
     """
     own = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     described = json.dumps(about)
-    seal = {"checksum": checksum(own), "about": json.loads(described), "about_checksum": _checksum_of(described)}
+    seal = {"checksum": checksum(own), "about": json.loads(described), "about_checksum": text_checksum(described)}
     metadata = {"format": "pt", _KEY: json.dumps(seal)}
     with atomic(path) as temporary:
         save_file(own, temporary, metadata=metadata)
@@ -92,12 +101,8 @@ def _read(path: Path | str, what: str, *, tensors: bool) -> tuple[dict[str, Tens
         raise CheckpointError(f"cannot read {what} `{file}`: {reason(error)}") from error
     if not isinstance(stored, dict) or not isinstance(stored.get("about"), dict):
         raise CheckpointError(f"`{file}` is not a {what}: it does not say what it belongs to")
-    if stored.get("about_checksum") != _checksum_of(json.dumps(stored["about"])):
+    if stored.get("about_checksum") != text_checksum(json.dumps(stored["about"])):
         raise CheckpointError(f"{what} `{file}` is damaged: its description is not what was written; use a copy")
     if tensors and stored.get("checksum") != checksum(found):
         raise CheckpointError(f"{what} `{file}` is damaged: its values are not those that were written; use a copy")
     return found, stored["about"]
-
-
-def _checksum_of(text: str) -> str:
-    return f"{zlib.crc32(text.encode()):08x}"

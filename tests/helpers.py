@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
@@ -179,3 +183,55 @@ def same_state(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 def copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a copy of a state that later changes do not reach."""
     return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+class Killed(BaseException):
+    """What stands in tests for the end of the process."""
+
+
+STEPS = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "chmod", "fsync")
+
+
+@contextmanager
+def killed_after(steps: int) -> Iterator[None]:
+    """Let so many changes of the file system happen, and none after them; what is written next is half written."""
+    left = steps
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            return real(*args, **kwargs)
+
+        return step
+
+    def write_text(self: Path, text: str, **kwargs: Any) -> None:
+        nonlocal left
+        if left == 0:
+            Path.open(self, "w").close()  # truncated, and nothing written yet
+            raise Killed
+        left -= 1
+        with self.open("w", encoding="utf-8") as file:
+            file.write(text)
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name in STEPS:
+            patched.setattr(os, name, counted(getattr(os, name)))
+        patched.setattr(Path, "write_text", write_text)
+        yield
+
+
+@contextmanager
+def nothing_changes(folder: Path) -> Iterator[None]:
+    """Check that all under a folder stays as it is."""
+    before = contents(folder)
+    with killed_after(0):
+        yield
+    assert contents(folder) == before
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Return all files under a folder, and its folders, which hold None."""
+    return {str(p.relative_to(folder)): None if p.is_dir() else p.read_bytes() for p in folder.rglob("*")}

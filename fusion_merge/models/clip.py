@@ -20,12 +20,13 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import logging as transformers_logging
 
+from fusion_merge.commits import atomic_files
 from fusion_merge.errors import ModelError, reason
-from fusion_merge.files import atomic
 from fusion_merge.models.clip_config import check_same_arithmetic as check_same_arithmetic
 from fusion_merge.models.clip_config import check_whole_clip as check_whole_clip
 from fusion_merge.models.clip_config import vision_config as vision_config
 from fusion_merge.models.pictures import as_bytes
+from fusion_merge.models.sources import WEIGHT_PATTERNS
 from fusion_merge.task_vectors import State, check_same_shape_tables, shapes_of
 
 _PREFIXES = ("module.", "clip.", "model.", "vision_model.")
@@ -208,18 +209,22 @@ def load_tower_state(model: nn.Module, state: State, *, where: str) -> None:
 def save_tower(model: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Save a vision tower so that transformers 4.57 and 5.x both read it as a `CLIPVisionModel`.
 
+    A model that was there is replaced as a whole or not at all; weights of its in other files are removed.
+
     Args:
         model: a `CLIPVisionModel` or the transformer itself.
         folder: where `config.json` and `model.safetensors` go; it is made.
         dtype: what to store; by default as the model is.
+
+    Raises:
+        FusionMergeError: if the folder cannot be written.
     """
     config = CLIPVisionConfig.from_dict(module_config(model).to_dict())
     config.architectures = ["CLIPVisionModel"]
     tensors = {f"vision_model.{n}": t.to("cpu", dtype).contiguous() for n, t in module_state(model).items()}
-    with atomic(folder / "model.safetensors") as path:
-        save_file(tensors, path, metadata={"format": "pt"})
-    with atomic(folder / "config.json") as path:
-        path.write_text(config.to_json_string(use_diff=True), encoding="utf-8")
+    with atomic_files(folder, replaces=WEIGHT_PATTERNS) as place:
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+        (place / "config.json").write_text(config.to_json_string(use_diff=True), encoding="utf-8")
 
 
 def pooled_output(output: Any) -> Tensor:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedModel
 
 from fusion_merge.errors import CheckpointError, ConfigError, FusionMergeError, ModelError, nearest, reason
-from fusion_merge.files import write_text
 from fusion_merge.models.card import model_card
 from fusion_merge.models.clip import build_tower, empty_tower, module_config, vision_backbone, vision_config
 from fusion_merge.models.merged_config import MergedCLIPVisionConfig as MergedCLIPVisionConfig
-from fusion_merge.models.sources import LazyState, find_files
+from fusion_merge.models.merged_config import check_seal
+from fusion_merge.models.merged_files import read_exactly, write_description, write_model
+from fusion_merge.models.sources import find_files
 from fusion_merge.moe.layer import MoELinear, empty_moe_mlp, moe_layers, record_coefficients, router_parameters
 from fusion_merge.moe.router import LayerEncodedRouter, Router
 from fusion_merge.moe.upcycle import find_mlps
 from fusion_merge.sealed import checksum
+from fusion_merge.task_vectors import shapes_of
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 _PASSED_ALONG = ("adapter_kwargs", "trust_remote_code", "safe_serialization", "save_peft_format")
@@ -182,10 +179,10 @@ class MergedCLIPVisionModel(PreTrainedModel):
         return {name: tensor for name, tensor in self.state_dict().items() if name in once}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the model: safetensors, a model card and, last of all, `config.json`.
+        """Write the model: safetensors, `config.json` and a model card.
 
-        A model that was there stays as it was where the new one cannot be written. If the process is killed while the
-        files are put in place, the folder is left without `config.json`, and nothing can be read from it.
+        A model that was there is replaced as a whole or not at all: whenever the process is killed, either the earlier
+        model or this one can be read with this library. Leftovers of killed saves are removed by the next one.
 
         Args:
             save_directory: the folder; it is made.
@@ -205,26 +202,11 @@ class MergedCLIPVisionModel(PreTrainedModel):
         folder = Path(save_directory).expanduser()
         for name, layer in moe_layers(self.vision_model).items():
             self.config.moe[name] = layer.spec()  # the routing may have been changed
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-                state = {name: t.detach().to("cpu").contiguous() for name, t in self.own_state().items()}
-                with _quiet():  # the hub's library would name the temporary folder
-                    save_torch_state_dict(state, temporary, max_shard_size=known.get("max_shard_size") or "5GB")
-                self.config.architectures = [type(self).__name__]
-                self.config.checksum = checksum(state)
-                self.config.save_pretrained(temporary)
-                (Path(temporary) / "README.md").write_text(self.card(), encoding="utf-8")
-                files = sorted(Path(temporary).iterdir(), key=lambda f: f.name == "config.json")  # the last one
-                (folder / "config.json").unlink(missing_ok=True)  # until all is in place, nothing here can be read
-                for file in files:
-                    file.replace(folder / file.name)
-                for stale in set(folder.glob("model*.safetensors*")) - {folder / f.name for f in files}:
-                    stale.unlink()
-        except (OSError, SafetensorError) as error:
-            raise FusionMergeError(
-                f"cannot write `{folder}`: {getattr(error, 'strerror', None) or error}; choose another place"
-            ) from error
+        state = {name: t.detach().to("cpu").contiguous() for name, t in self.own_state().items()}
+        self.config.architectures = [type(self).__name__]
+        self.config.checksum = checksum(state)
+        self.config.seal()
+        write_model(folder, state, self.config, self.card(), max_shard_size=known.get("max_shard_size") or "5GB")
         if known.get("push_to_hub"):
             hub: Any = self
             hub.push_to_hub(known.get("repo_id") or folder.name)
@@ -253,9 +235,8 @@ class MergedCLIPVisionModel(PreTrainedModel):
             FusionMergeError: if the folder cannot be written.
         """
         self.config.scores, self.config.command = dict(scores), command
-        place = Path(folder).expanduser()
-        write_text(place / "config.json", self.config.to_json_string())
-        write_text(place / "README.md", self.card())
+        self.config.seal()
+        write_description(folder, self.config, self.card())
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         (Path(working_dir) / "README.md").write_text(self.card(), encoding="utf-8")  # transformers put a bare one there
@@ -270,11 +251,11 @@ class MergedCLIPVisionModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: a folder, or a hub id such as `owner/name@revision`.
-            config: the configuration, if it was read already.
+            config: the configuration, if it was read already; it is used if it is this model's or was changed by hand.
             **kwargs: `dtype` converts floating-point tensors; `revision` names a version on the hub.
 
         Raises:
-            CheckpointError: if the files do not hold exactly the tensors of the model.
+            CheckpointError: if the files do not hold exactly the tensors of the model, or were changed since.
         """
         dtype = _dtype(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
         hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
@@ -289,8 +270,9 @@ class MergedCLIPVisionModel(PreTrainedModel):
                 "read it with transformers.AutoModel"
             )
         try:
-            own_config = config if isinstance(config, MergedCLIPVisionConfig) else None
-            own_config = own_config or MergedCLIPVisionConfig.from_dict(files.config)
+            check_seal(files.config, source)
+            given = isinstance(config, MergedCLIPVisionConfig) and config.overrides(files.config)
+            own_config = config if given else MergedCLIPVisionConfig.from_dict(dict(files.config))
             tower = empty_tower(vision_config(own_config.vision_config, where=source))
             _install_empty_layers(tower, own_config)
             model = cls(own_config, tower)
@@ -300,21 +282,12 @@ class MergedCLIPVisionModel(PreTrainedModel):
             raise CheckpointError(
                 f"the configuration of `{source}` is not one of a merged model: {reason(error)}"
             ) from error
-        _load_exactly(model, LazyState(files.weights, lambda names: {n: n for n in names}, None), source)
+        tensors = read_exactly(files, shapes_of(model.own_state()))
+        model.load_state_dict(tensors, strict=False, assign=True)
         if dtype is not None:
             module: nn.Module = model
             module.to(dtype)
         return model.eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _dtype(*given: Any) -> torch.dtype | None:
@@ -331,23 +304,6 @@ def _refuse_unknown(options: dict[str, Any], where: str) -> None:
     for name, value in options.items():
         if value is not None and not name.startswith("_") and name not in _PASSED_ALONG:
             raise ConfigError(f"`{name}` is not an option of {where}")
-
-
-def _load_exactly(model: MergedCLIPVisionModel, state: LazyState, source: str) -> None:
-    own = model.own_state()
-    for problem, names in (
-        ("lacks", own.keys() - state.keys()),
-        ("holds, unexpectedly,", state.keys() - own.keys()),
-    ):
-        if names:
-            raise CheckpointError(f"`{source}` {problem} `{min(names)}` and {len(names) - 1} more tensors")
-    for name, tensor in own.items():
-        if state.shapes[name] != tuple(tensor.shape):
-            raise CheckpointError(f"`{source}` has `{name}` of shape {state.shapes[name]}, not {tuple(tensor.shape)}")
-    tensors = dict(state)
-    if model.config.checksum and checksum(tensors) != model.config.checksum:
-        raise CheckpointError(f"`{source}` is damaged: its weights are not those that were written; use another copy")
-    model.load_state_dict(tensors, strict=False, assign=True)
 
 
 def _install_empty_layers(tower: nn.Module, config: MergedCLIPVisionConfig) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from fusion_merge import zoo
+from fusion_merge.commits import pending
 from fusion_merge.errors import ModelError, reason
 from fusion_merge.files import misspelt
 
@@ -31,6 +32,8 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+WEIGHT_PATTERNS = (*_WEIGHT_FILES, "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
+"""The names that the weights of a model have in its folder: what a new model there replaces."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def split_source(source: str) -> tuple[str, str | None]:
         if source.startswith(zoo.SCHEME):
             return str(zoo.path(source)), None
         local = Path(source).expanduser()
-        there = local.exists()
+        there = local.is_dir() or _local_file(local) is not None
     except (OSError, RuntimeError) as error:  # a name that is too long, or the home of nobody
         raise ModelError(f"`{shortened(source)}` cannot be the name of a model: {reason(error)[:200]}") from error
     if there:
@@ -91,10 +94,11 @@ def find_files(source: str, *, subfolder: str = "", **hub_options: Any) -> Model
         ModelError: if something is missing; the message names it.
     """
     path, revision = split_source(source)
+    file = _local_file(Path(path))
     _check_options(source, path, revision, {"subfolder": subfolder, **hub_options})
-    if Path(path).is_file():
+    if file is not None:
         fetch = _local_fetch(Path(path).parent)
-        weights: tuple[Path, ...] = (Path(path),)
+        weights: tuple[Path, ...] = (file,)
     else:
         if Path(path).is_dir():
             fetch = _local_fetch(Path(path) / subfolder)
@@ -115,10 +119,11 @@ def find_files(source: str, *, subfolder: str = "", **hub_options: Any) -> Model
 
 def _check_options(source: str, path: str, revision: str | None, options: Mapping[str, Any]) -> None:
     """Refuse options that would be left aside in silence."""
-    if Path(path).is_file() and options.get("subfolder"):
+    is_file = _local_file(Path(path)) is not None
+    if is_file and options.get("subfolder"):
         raise ModelError(f"`{source}` is a file, and has no `subfolder`={options['subfolder']!r}; give the file alone")
     wanted = options.get("revision")
-    if wanted and Path(path).exists():
+    if wanted and (is_file or Path(path).is_dir()):
         raise ModelError(f"`{source}` is a path here, and has no `revision`={wanted!r}; leave it out, or give a hub id")
     if wanted and revision and wanted != revision:
         raise ModelError(f"`{source}` names another revision than `revision`={wanted!r}; give one of them")
@@ -134,10 +139,18 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def _local_file(path: Path) -> Path | None:
+    """Return where the file that a path names is to be read, or None if it names none."""
+    return _local_fetch(path.parent)(path.name) if path.parent.is_dir() and not path.is_dir() else None
+
+
 def _local_fetch(folder: Path) -> Callable[[str], Path | None]:
+    commit = pending(folder)  # files of a save that was cut short
+
     def fetch(name: str) -> Path | None:
         try:
-            return folder / name if (folder / name).is_file() else None
+            file = folder / name if commit is None else commit.path(name)
+            return file if file is not None and file.is_file() else None
         except OSError as error:  # a name that is too long
             raise ModelError(f"cannot look for `{shortened(name)}` in `{folder}`: {error.strerror}") from error
 

@@ -48,6 +48,7 @@ from fusion_merge.adaptation.checkpoint import load_routers, router_state, save_
 from fusion_merge.adaptation.progress import Progress
 from fusion_merge.errors import CheckpointError, ConfigError, FusionMergeError, ModelError
 from fusion_merge.models.clip import save_tower
+from fusion_merge.models.merged_config import fields_checksum
 from fusion_merge.pools.datasets import make_task
 from fusion_merge.program import FusionProgram
 from fusion_merge.sealed import read_sealed, write_sealed
@@ -1004,15 +1005,22 @@ def test_wrong_value_in_the_config_of_a_merged_model(merged, key, value):
         table = table[name]
     table[key[-1]] = WRONG[value]
     (merged / "config.json").write_text(json.dumps(config))
+    if (key[-1], value) != ("selection", "null"):  # as it was
+        must_be_refused(lambda: read_merged(merged))  # its checksum is another
+    config["config_checksum"] = fields_checksum(config)
+    (merged / "config.json").write_text(json.dumps(config))
     if not refused(lambda: read_merged(merged)):
         unread = ("shared_router", "tasks", "method_options")
         assert key[-1] in unread or (key[-1], value) == ("selection", "null"), f"{'/'.join(key)}={value} was accepted"
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_flipped_bit_in_the_config_of_a_merged_model(merged, seed):
+def test_flipped_bit_in_the_config_of_a_merged_model(merged_files, merged, seed):
     (merged / "config.json").write_bytes(flipped((merged / "config.json").read_bytes(), seed))
-    refused(lambda: read_merged(merged))
+    read: list[MergedCLIPVisionModel] = []
+    if not refused(lambda: read.append(MergedCLIPVisionModel.from_pretrained(merged))):
+        written = MergedCLIPVisionModel.from_pretrained(merged_files).config
+        assert read[0].config.config_checksum == written.config_checksum
 
 
 # Images and data sets

@@ -15,6 +15,7 @@ LAYERS = (
     "errors",
     ("files", "options", "schema", "registry", "zoo"),
     ("sealed", "processes"),
+    "commits",
     "task_vectors",
     "moe",
     "models",
