@@ -1,7 +1,7 @@
 # make run    merge the embedded pool of eight models, adapt, score, report
 # make test   run all tests, JOBS of them at a time
 # make test-transformers4   run those that depend on transformers' version with transformers 4.57, in .venv-transformers4
-# make bench  time the routed layers beside a plain MLP and fusion-bench's
+# make bench  measure time, memory and start-up beside a plain model and fusion-bench; ARGS=--help says how
 # make lint   style and types
 # make clean  remove the environment and the caches; what runs wrote to outputs/ is yours and stays
 # Each makes .venv where it is missing and installs what it needs, in the tested versions of constraints.txt.
@@ -27,7 +27,7 @@ test-transformers4: $(TRANSFORMERS4)/.installed
 	$(TRANSFORMERS4)/bin/python -m pytest -n $(JOBS) --dist loadscope $(VERSIONED)
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/layers.py $(ARGS)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
