@@ -387,7 +387,7 @@ class MoEMethod(Method):
 def _stored(experts: Experts, dtype: str, path: str) -> Experts:
     """Return a bank in the precision that it is stored in."""
     experts = experts.to(_EXPERT_DTYPES[dtype])
-    if not all(torch.isfinite(parameter).all() for parameter in experts.parameters()):
+    if not all(torch.isfinite(torch.stack(p.aminmax())).all() for p in experts.parameters() if p.numel()):
         raise ConfigError(
             f"`expert_dtype`={dtype} cannot hold the task vectors of `{path}`; choose bfloat16 or float32"
         )

@@ -281,22 +281,32 @@ def _open(file: Path) -> dict[str, _Reader]:
 
 
 def _open_safetensors(file: Path) -> dict[str, _Reader]:
-    handle = safe_open(file, framework="pt", device="cpu")
+    """Read the header alone; values are read when they are asked for, into memory of their own.
+
+    Mapped files would stay in memory for as long as they are open, and end the process where one is cut meanwhile.
+    """
     readers = {}
-    for key in list(handle.keys()):
-        header = handle.get_slice(key)
-        shape, dtype = tuple(header.get_shape()), str(header.get_dtype())  # such as F32, BF16 or I8
-        first_row = partial(_slice_row, handle, key, shape)
-        readers[key] = _Reader(file, shape, dtype, partial(handle.get_tensor, key), first_row)
+    with safe_open(file, framework="pt", device="cpu") as handle, file.open("rb") as stream:  # which checks the header
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        for key in list(handle.keys()):
+            described = handle.get_slice(key)
+            shape, name = tuple(described.get_shape()), str(described.get_dtype())  # such as F32, BF16 or I8
+            dtype = described[:0].dtype if shape else handle.get_tensor(key).dtype
+            start = 8 + length + int(header[key]["data_offsets"][0])
+            first_row = partial(_read_at, file, start, shape[-1:] or (1,), dtype)
+            readers[key] = _Reader(file, shape, name, partial(_read_at, file, start, shape, dtype), first_row)
     return readers
 
 
-def _slice_row(handle: Any, key: str, shape: tuple[int, ...]) -> Tensor:
-    if not shape:
-        whole: Tensor = handle.get_tensor(key)
-        return whole.flatten()  # (1,)
-    first: Tensor = handle.get_slice(key)[(*(slice(0, 1),) * (len(shape) - 1), slice(None))]  # (1, …, 1, D)
-    return first.flatten()  # (D,)
+def _read_at(file: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    memory = memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type] # it is a buffer
+    with file.open("rb") as stream:
+        stream.seek(start)
+        if stream.readinto(memory) != len(memory):
+            raise OSError("the file was cut meanwhile")
+    return tensor
 
 
 def _open_torch(file: Path) -> dict[str, _Reader]:

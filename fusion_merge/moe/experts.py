@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
@@ -104,7 +104,7 @@ class DenseExperts(Experts):
         Args:
             task_vectors: N task vectors of the layer.
         """
-        return cls(torch.stack([along(t.weight) for t in task_vectors]), torch.stack([t.bias for t in task_vectors]))
+        return cls(*_stacked(task_vectors))
 
     def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
         """See `Experts.forward`."""
@@ -174,12 +174,11 @@ class SparseExperts(Experts):
             task_vectors: N task vectors of the layer.
             prune_ratio: the share of each tensor to drop, in [0, 1).
         """
-        pruned = torch.stack([along(magnitude_prune(t.weight, prune_ratio)) for t in task_vectors])  # (N, L, S)
-        bias = torch.stack([magnitude_prune(t.bias, prune_ratio) for t in task_vectors])  # (N, O)
-        blocks = torch.cat([block.flatten() for block in pruned.split(ROWS, dim=1)])  # (N·L·S,)
-        encoded = encode(blocks, len(pruned) * ROWS * pruned.shape[2])
-        out_features, in_features = task_vectors[0].weight.shape
-        return cls(*encoded, bias, (out_features, in_features))
+        weight, bias = _stacked(task_vectors, lambda tensor: magnitude_prune(tensor, prune_ratio))  # (N, L, S), (N, O)
+        num_tasks, length, width = weight.shape
+        blocks = torch.cat([block.flatten() for block in weight.split(ROWS, dim=1)])  # (N·L·S,)
+        shape = (length, width) if length == bias.shape[1] else (width, length)  # (O, I)
+        return cls(*encode(blocks, num_tasks * ROWS * width), bias, shape)
 
     def rows(self, first: int, last: int) -> Tensor:
         """See `row_blocks.Rows`: a block is expanded when it is asked for."""
@@ -257,10 +256,10 @@ class LowRankExperts(Experts):
             bias_scaling: λ, the static weight of every bias.
             device: where to decompose.
         """
-        factors = [truncated_svd(t.weight, rank, device) for t in task_vectors]
-        left = torch.cat([u for u, _ in factors], dim=1)  # (O, N·R)
-        right = torch.cat([v for _, v in factors], dim=0)  # (N·R, I)
-        return cls(left, right, torch.stack([t.bias for t in task_vectors]), bias_scaling)
+        parts = [(*truncated_svd(t.weight, rank, device), t.bias) for t in task_vectors]
+        lefts, rights, biases = zip(*parts, strict=True)
+        left, right = torch.cat(lefts, dim=1), torch.cat(rights, dim=0)  # (O, N·R), (N·R, I)
+        return cls(left, right, torch.stack(biases), bias_scaling)
 
     def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
         """See `Experts.forward`: in factors, or as one merged weight a batch where that takes fewer operations."""
@@ -342,6 +341,23 @@ def empty_experts(spec: dict[str, Any], in_features: int, out_features: int) -> 
         left, right = torch.zeros(out_features, size), torch.zeros(size, in_features)
         return LowRankExperts(left, right, bias, spec["bias_scaling"])
     raise ConfigError(f"expert bank of kind `{kind}` is unknown; known are dense, sparse and low_rank")
+
+
+def _stacked(
+    task_vectors: Sequence[TaskVector], change: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> tuple[Tensor, Tensor]:
+    """Return all weights along the longer side (N, L, S) and all biases (N, O), each changed first by itself."""
+    weights: Tensor | None = None
+    biases = []
+    for index, vector in enumerate(task_vectors):  # one at a time: they may be read as they are asked for
+        long = along(change(vector.weight))  # (L, S)
+        if weights is None:
+            weights = long.new_empty(len(task_vectors), *long.shape)
+        weights[index] = long
+        biases.append(change(vector.bias))
+    if weights is None:
+        raise ConfigError("an expert bank needs at least one task vector")
+    return weights, torch.stack(biases)
 
 
 def _merged_bias(base: nn.Linear, coefficients: Tensor, bias: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
+from typing import overload
 
 from torch import nn
 
@@ -18,7 +19,7 @@ from fusion_merge.task_vectors import State, difference
 log = logging.getLogger(__name__)
 
 MakeExperts = Callable[[str, Sequence[TaskVector]], Experts]
-"""Makes a bank from the layer's name and its task vectors."""
+"""Makes a bank from the layer's name and its task vectors, which are best gone through once: they are read anew."""
 
 MakeBank = Callable[[str, nn.Linear], Experts]
 """Makes a bank from the layer's name and the layer alone."""
@@ -91,10 +92,12 @@ def upcycle_mlps(
 
     def make_bank(path: str, linear: nn.Linear) -> Experts:
         _load_pretrained(linear, pretrained, path)
-        vectors = _task_vectors(pretrained, finetuned, path)
-        for task, vector in zip(names, vectors, strict=True):
-            unchanged[task] += not (vector.weight.any() or vector.bias.any())
-        return make_experts(path, vectors)
+
+        vectors = _TaskVectors(pretrained, finetuned, path)
+        bank = make_experts(path, vectors)
+        for index in vectors.zero:
+            unchanged[names[index]] += 1
+        return bank
 
     model = route_mlps(
         merged,
@@ -156,11 +159,33 @@ def route_mlps(
 def _load_pretrained(linear: nn.Linear, pretrained: State, path: str) -> None:
     if linear.bias is None:
         raise ModelError(f"`{path}` has no bias; only linear layers with a bias can be upcycled")
-    linear.weight.data = pretrained[f"{path}.weight"].detach().clone().to(linear.weight)
-    linear.bias.data = pretrained[f"{path}.bias"].detach().clone().to(linear.bias)
+    for part in TaskVector._fields:
+        getattr(linear, part).data.copy_(pretrained[f"{path}.{part}"])
 
 
-def _task_vectors(pretrained: State, finetuned: Sequence[State], path: str) -> list[TaskVector]:
-    before = {part: pretrained[f"{path}.{part}"] for part in TaskVector._fields}
-    vectors = (difference({part: state[f"{path}.{part}"] for part in before}, before) for state in finetuned)
-    return [TaskVector(**vector) for vector in vectors]
+class _TaskVectors(Sequence[TaskVector]):
+    """The task vectors of one linear layer, each formed when it is asked for, so that one is in memory at a time."""
+
+    def __init__(self, pretrained: State, finetuned: Sequence[State], path: str) -> None:
+        self._before = {part: pretrained[f"{path}.{part}"] for part in TaskVector._fields}
+        self._finetuned, self._path = finetuned, path
+        self.zero: set[int] = set()
+        """Which of those that were asked for are zero throughout."""
+
+    def __len__(self) -> int:
+        return len(self._finetuned)
+
+    @overload
+    def __getitem__(self, index: int) -> TaskVector: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[TaskVector]: ...
+
+    def __getitem__(self, index: int | slice) -> TaskVector | Sequence[TaskVector]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        state = self._finetuned[index]
+        vector = TaskVector(**difference({part: state[f"{self._path}.{part}"] for part in self._before}, self._before))
+        if not (vector.weight.any() or vector.bias.any()):
+            self.zero.add(index)
+        return vector

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import pickle
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import same_state
 from huggingface_hub import constants
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.utils import hub as transformers_hub
 
@@ -245,46 +245,17 @@ def test_all_zoo_names_can_be_found():
     assert all(zoo.path(zoo.SCHEME + name).is_dir() for name in zoo.names())
 
 
-class _CountingFile:
-    """A safetensors file that keeps how many numbers were read of each tensor."""
-
-    def __init__(self, reads: dict[str, int], *args, **kwargs) -> None:
-        self._file = safe_open(*args, **kwargs)
-        self._reads = reads
-
-    def keys(self):
-        return self._file.keys()
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        return self._count(name, self._file.get_tensor(name))
-
-    def get_slice(self, name: str) -> _CountingSlice:
-        return _CountingSlice(self, name, self._file.get_slice(name))
-
-    def _count(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        self._reads[name] = self._reads.get(name, 0) + tensor.numel()
-        return tensor
-
-
-class _CountingSlice:
-    def __init__(self, file: _CountingFile, name: str, real) -> None:
-        self._file, self._name, self._real = file, name, real
-
-    def get_shape(self) -> list[int]:
-        return self._real.get_shape()
-
-    def get_dtype(self) -> str:
-        return self._real.get_dtype()
-
-    def __getitem__(self, index) -> torch.Tensor:
-        return self._file._count(self._name, self._real[index])
-
-
 @pytest.fixture
-def reads(monkeypatch) -> dict[str, int]:
-    """How many numbers were read of each tensor in safetensors files."""
-    counts: dict[str, int] = {}
-    monkeypatch.setattr(sources, "safe_open", partial(_CountingFile, counts))
+def reads(monkeypatch) -> list[int]:
+    """How many numbers were read at a time of tensors in safetensors files."""
+    counts: list[int] = []
+    read_at = sources._read_at
+
+    def counted(file, start, shape, dtype):
+        counts.append(math.prod(shape))
+        return read_at(file, start, shape, dtype)
+
+    monkeypatch.setattr(sources, "_read_at", counted)
     return counts
 
 
@@ -292,16 +263,24 @@ def test_a_lazy_state_reads_headers_alone_until_it_is_asked(folder, reads):
     state = LazyState(find_files(str(folder)).weights, canonical_names)
     assert state.shapes["pre_layrnorm.weight"] == (16,)
     assert len(state) > 10
-    assert reads == {}
+    assert reads == []
     assert state["pre_layrnorm.weight"].shape == (16,)
-    assert reads == {"vision_model.pre_layrnorm.weight": 16}
+    assert reads == [16]
 
 
 def test_a_fingerprint_reads_one_row_of_each_tensor(folder, reads, tower):
     expected = fingerprint({n.removeprefix("vision_model."): t for n, t in tower.items()})
     state = LazyState(find_files(str(folder)).weights, canonical_names)
     assert fingerprint(state) == expected
-    assert reads == {f"vision_model.{name}": shape[-1] for name, shape in state.shapes.items()}
+    assert reads == [shape[-1] for _, shape in sorted(state.shapes.items())]
+
+
+def test_a_file_that_is_cut_after_it_was_opened_is_a_clear_error(folder):
+    (file,) = find_files(str(folder)).weights
+    state = LazyState((file,), canonical_names)
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(ModelError, match=r"cannot read `.*` in `.*`: the file was cut meanwhile"):
+        dict(state)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
