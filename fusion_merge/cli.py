@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fusion_merge.errors import ConfigError, FusionMergeError, nearest, reason
+from fusion_merge.help import help_text
 from fusion_merge.options import LARGEST
 from fusion_merge.schema import BASELINES, FabricConfig, ProgramConfig, register_schema
 
@@ -73,6 +74,9 @@ def main() -> None:
     with _messages(tracebacks):
         _given[:] = sys.argv[1:]
         sys.argv[1:] = [_open(argument) for argument in sys.argv[1:]]
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            sys.stdout.write(help_text([_first(a) for a in sys.argv[1:] if not a.startswith("-")]))
+            return
         hydra.main(config_path="pkg://fusion_merge.config", config_name="config", version_base="1.3")(
             partial(_job, tracebacks)
         )()

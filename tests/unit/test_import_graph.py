@@ -24,6 +24,7 @@ LAYERS = (
     "methods",
     "report",
     "program",
+    "help",
     ("cli", "plugins"),
     "__main__",
 )
