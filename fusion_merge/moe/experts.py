@@ -185,7 +185,7 @@ class SparseExperts(Experts):
         begin, end = self.starts[first // ROWS : first // ROWS + 2].tolist()
         short = min(self.shape)
         block = self.values.new_zeros(self.num_coefficients * (last - first) * short)
-        decode(self.values[begin:end], self.gaps[begin:end], block)
+        decode(self.values.detach()[begin:end], self.gaps[begin:end], block)
         return block.view(self.num_coefficients, last - first, short)  # (N, rows, S)
 
     def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
