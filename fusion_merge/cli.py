@@ -74,12 +74,21 @@ def main() -> None:
     with _messages(tracebacks):
         _given[:] = sys.argv[1:]
         sys.argv[1:] = [_open(argument) for argument in sys.argv[1:]]
-        if {"--help", "-h"} & set(sys.argv[1:]):
-            sys.stdout.write(help_text([_first(a) for a in sys.argv[1:] if not a.startswith("-")]))
+        if (overrides := _help_on(sys.argv[1:])) is not None:
+            sys.stdout.write(help_text(overrides))
             return
         hydra.main(config_path="pkg://fusion_merge.config", config_name="config", version_base="1.3")(
             partial(_job, tracebacks)
         )()
+
+
+def _help_on(arguments: list[str]) -> list[str] | None:
+    """Return the overrides that help is asked about, or None where Hydra is to answer: it knows all of its flags."""
+    flags = {argument for argument in arguments if argument.startswith("-")}
+    searched = any(word in argument for argument in arguments for word in ("glob(", "interval("))
+    if not {"--help", "-h"} & flags or flags - {"--help", "-h", "--multirun", "-m"} or searched:
+        return None
+    return [_first(argument) for argument in arguments if argument not in flags]
 
 
 def _job(tracebacks: bool, config: DictConfig) -> None:

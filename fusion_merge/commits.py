@@ -117,6 +117,8 @@ def pending(folder: Path) -> Commit | None:
         if stored["checksum"] != _checksum(commit.names, commit.replaces) or not all(map(_is_plain, commit.names)):
             raise ValueError("its checksum is another")
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        if not manifest.parent.is_dir():  # put in place by another process meanwhile
+            return None
         raise ModelError(
             f"a save to `{folder}` was cut short, and the list of its files cannot be read: {reason(error)}; "
             f"use another copy, or remove `{manifest.parent}` and save the model again"

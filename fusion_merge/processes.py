@@ -8,9 +8,12 @@ from typing import TypeVar
 
 from torch import distributed
 
-from fusion_merge.errors import ProcessError, reason
+from fusion_merge.errors import FusionMergeError, ProcessError, reason
 
 T = TypeVar("T")
+
+_SIGNS = ("/gloo/", "Connection closed by peer", "Connection reset by peer")
+"""What torch's messages say where the other end of a connection is gone."""
 
 
 def world_size() -> int:
@@ -43,7 +46,12 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:  # whatever it is, the others must know
         failure = error
-    messages = exchange(failure and (str(failure) or type(failure).__name__))
+    try:
+        messages = exchange(failure and (str(failure) or type(failure).__name__))
+    except RuntimeError:  # the others are gone already: what happened here comes first
+        if failure is None:
+            raise
+        messages = []
     if failure is not None:
         raise failure
     for rank, message in enumerate(messages):
@@ -60,8 +68,10 @@ def in_company() -> Iterator[None]:
     """
     try:
         yield
+    except FusionMergeError:
+        raise
     except RuntimeError as error:  # gloo has no error of its own
-        lost = isinstance(error, distributed.DistBackendError) or "gloo" in str(error) or "Connection" in str(error)
+        lost = isinstance(error, distributed.DistBackendError) or any(sign in str(error) for sign in _SIGNS)
         if world_size() == 1 or not lost:
             raise
         raise ProcessError(

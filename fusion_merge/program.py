@@ -188,14 +188,15 @@ class FusionProgram:
         for name in wanted:
             tasks = self.taskpool.task_names
             model: nn.Module | TaskModels
-            if name == "zero_shot":
-                model = self.modelpool.load_pretrained_model()
-            elif len(names) < 2:
+            if name != "zero_shot" and len(names) < 2:
                 continue
-            elif name == "task_arithmetic":
-                model = TaskArithmeticAlgorithm().run(self.modelpool)  # with its published λ, 0.3
-            else:
-                model, tasks = self.modelpool.fine_tuned_models(), [t for t in tasks if t in names]
+            with together():
+                if name == "zero_shot":
+                    model = self.modelpool.load_pretrained_model()
+                elif name == "task_arithmetic":
+                    model = TaskArithmeticAlgorithm().run(self.modelpool)  # with its published λ, 0.3
+                else:
+                    model, tasks = self.modelpool.fine_tuned_models(), [t for t in tasks if t in names]
             placement = placement_of(fabric)
             scores[name] = self.taskpool.evaluate(model, placement=placement, tasks=tasks, label=f"scoring {name}")
         return scores

@@ -261,7 +261,7 @@ def _refuse_nan(losses: dict[str, float], update: _Update, step: int) -> None:
 def _leave_frozen_tensors_alone(model: nn.Module) -> None:
     """Tell DDP that only what is trained needs to be sent between processes: all of them read the same files.
 
-    Frozen banks are large, and some back ends cannot send the 16-bit columns of a sparse one.
+    Frozen banks are large.
     """
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(

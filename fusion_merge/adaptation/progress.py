@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # goes up whenever the same adaptation would take other steps than before
 _WHAT = "adaptation progress"
 
 

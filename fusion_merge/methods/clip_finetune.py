@@ -113,19 +113,19 @@ class CLIPFinetuneAlgorithm(Method):
         index: int,
         fabric: Fabric,
     ) -> nn.Module:
-        tower = modelpool.load_pretrained_model()
-        workers = fitting_workers(self.num_workers, 1)
-        loader = adaptation_loader(
-            tasks.images(name),
-            self.batch_size,
-            self.seed * 1009 + index,
-            workers=workers,
-            placement=placement_of(fabric),
-        )
+        with together():
+            tower, head = modelpool.load_pretrained_model(), tasks.head(name)
+            loader = adaptation_loader(
+                tasks.images(name),
+                self.batch_size,
+                self.seed * 1009 + index,
+                workers=fitting_workers(self.num_workers, 1),
+                placement=placement_of(fabric),
+            )
         steps = 1 if self.fast_dev_run else self.max_steps
         losses = finetune(
             tower,
-            tasks.head(name),
+            head,
             iter(loader),
             fabric=fabric,
             lr=self.lr,

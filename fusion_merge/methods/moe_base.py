@@ -29,12 +29,13 @@ from fusion_merge.errors import AdaptationError, ConfigError
 from fusion_merge.files import check_writable
 from fusion_merge.methods.base import Method
 from fusion_merge.models.clip import empty_tower, load_tower_state, vision_backbone
+from fusion_merge.models.clip_config import plain_config
 from fusion_merge.models.merged import MergedCLIPVisionModel
 from fusion_merge.moe import Experts, Routing, find_mlps, make_router, route_mlps, set_routing, upcycle_mlps
 from fusion_merge.moe.experts import TaskVector, empty_experts
 from fusion_merge.moe.layer import router_parameters
 from fusion_merge.moe.selection import Selection
-from fusion_merge.moe.upcycle import MakeRouter
+from fusion_merge.moe.upcycle import EXPERT_DTYPES, MakeRouter, stored
 from fusion_merge.options import option
 from fusion_merge.pools.loaders import Placement, evaluation_loader
 from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_EXPERT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MEASURED = 64  # images of each task by which its mean coefficients are measured
 
 
@@ -68,7 +68,7 @@ class MoEMethod(Method):
         0.3, help="λ: static weight of task vectors and start of coefficients", shapes_model=True
     )
     expert_dtype: str = option(
-        "float32", help="what the experts are stored in; products are formed in float32", choices=tuple(_EXPERT_DTYPES)
+        "float32", help="what the experts are stored in; products are formed in float32", choices=tuple(EXPERT_DTYPES)
     )
     batch_reduce: bool = option(True, help="one merged weight a batch during adaptation, instead of one a sample")
     inference_batch_reduce: bool = option(False, help="one merged weight a batch after adaptation too")
@@ -231,10 +231,10 @@ class MoEMethod(Method):
         mlps = tuple(f"{name}." for name in find_mlps(backbone))
         static = StaticMerge(pretrained, finetuned, scaled(self.init_lambda), leave=mlps)
         load_tower_state(backbone, static, where="the static merge")
-        device = device or torch.device("cpu")
 
         def make_experts(path: str, task_vectors: Sequence[TaskVector]) -> Experts:
-            return _stored(self.make_experts(path, task_vectors, device), self.expert_dtype, path)
+            experts = self.make_experts(path, task_vectors, device or torch.device("cpu"))
+            return stored(experts, self.expert_dtype, path)
 
         with tqdm(mlps, desc="building experts", unit="layer", disable=None) as bar:
             tower = upcycle_mlps(
@@ -277,7 +277,7 @@ class MoEMethod(Method):
         def make_bank(_path: str, linear: nn.Linear) -> Experts:
             spec = self.experts_spec(num_tasks, linear.in_features, linear.out_features)
             bank = empty_experts(spec, linear.in_features, linear.out_features)
-            return bank.to(_EXPERT_DTYPES[self.expert_dtype])
+            return bank.to(EXPERT_DTYPES[self.expert_dtype])
 
         with torch.device("meta"):
             tower = route_mlps(
@@ -351,10 +351,11 @@ class MoEMethod(Method):
                 use_grad_accumulate=self.use_grad_accumulate,
                 progress=progress,
             )
-        except AdaptationError:
-            if self.save_checkpoint and fabric.is_global_zero:
-                save_routers(str(self.save_checkpoint), model, self._belongs_to(modelpool))
-                log.warning("the last good routers are saved to %s", self.save_checkpoint)
+        except AdaptationError:  # in all processes: what is averaged over them is no number, or the step is
+            with together():
+                if self.save_checkpoint and fabric.is_global_zero:
+                    save_routers(str(self.save_checkpoint), model, self._belongs_to(modelpool))
+                    log.warning("the last good routers are saved to %s", self.save_checkpoint)
             raise
 
     def _open_progress(
@@ -362,11 +363,11 @@ class MoEMethod(Method):
     ) -> Progress | None:
         if self.cache_dir is None or self.fast_dev_run:
             return None
-        deciding = ["objective", "optimizer", "lr", "batch_size", "batch_reduce", "use_grad_accumulate", "seed"]
-        deciding.append("expert_dtype")
-        belongs_to = self._belongs_to(modelpool) | {"adaptation": {name: getattr(self, name) for name in deciding}}
-        options: dict[str, Any] = {"save_every": self.save_every, "resume": self.resume}
-        progress = open_progress(self.cache_dir, self.method_name, belongs_to, pools, fabric, **options)
+        deciding = ["objective", "optimizer", "lr", "batch_size", "batch_reduce", "use_grad_accumulate", "expert_dtype"]
+        belongs_to = self._belongs_to(modelpool) | {"tower": plain_config(modelpool.config())}
+        belongs_to["adaptation"] = {name: getattr(self, name) for name in [*deciding, "seed"]}
+        how: dict[str, Any] = {"save_every": self.save_every, "resume": self.resume}
+        progress = open_progress(self.cache_dir, self.method_name, belongs_to, pools, fabric, **how)
         if progress.step > self.max_steps:
             raise ConfigError(
                 f"`max_steps`={self.max_steps}: the adaptation in `{progress.path}` is at step {progress.step} "
@@ -382,16 +383,6 @@ class MoEMethod(Method):
             "tasks": modelpool.model_names,
             "fingerprints": modelpool.fingerprints(),
         }
-
-
-def _stored(experts: Experts, dtype: str, path: str) -> Experts:
-    """Return a bank in the precision that it is stored in."""
-    experts = experts.to(_EXPERT_DTYPES[dtype])
-    if not all(torch.isfinite(torch.stack(p.aminmax())).all() for p in experts.parameters() if p.numel()):
-        raise ConfigError(
-            f"`expert_dtype`={dtype} cannot hold the task vectors of `{path}`; choose bfloat16 or float32"
-        )
-    return experts
 
 
 def _same(spec: Any, other: Any) -> bool:

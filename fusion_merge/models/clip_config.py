@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.clip.configuration_clip import CLIPConfig
 
@@ -30,6 +30,19 @@ _TEXT_SIZES = {
     "max_position_embeddings": 2**20,
 }
 """The largest sizes that are believed: a wrong one must not take all memory, or days, before it is noticed."""
+
+
+def plain_config(config: PretrainedConfig) -> dict[str, Any]:
+    """Return what a configuration says of a model, without where it came from and what wrote it.
+
+    Args:
+        config: of a tower, or of a whole model.
+    """
+    table = config.to_dict()
+    for part in (table, *(value for value in table.values() if isinstance(value, dict))):
+        for volatile in ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"):
+            part.pop(volatile, None)
+    return table
 
 
 def vision_config(config: Mapping[str, Any], *, where: str) -> CLIPVisionConfig:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedModel
 from fusion_merge.errors import CheckpointError, ConfigError, FusionMergeError, ModelError, nearest, reason
 from fusion_merge.models.card import model_card
 from fusion_merge.models.clip import build_tower, empty_tower, module_config, vision_backbone, vision_config
+from fusion_merge.models.clip_config import plain_config
 from fusion_merge.models.merged_config import MergedCLIPVisionConfig as MergedCLIPVisionConfig
 from fusion_merge.models.merged_config import check_seal
 from fusion_merge.models.merged_files import read_exactly, write_description, write_model
@@ -87,7 +88,7 @@ class MergedCLIPVisionModel(PreTrainedModel):
         layers = moe_layers(vision_backbone(tower))
         routers = {id(_inner(layer.router)) for layer in layers.values()}
         config = MergedCLIPVisionConfig(
-            vision_config=_plain_config(tower),
+            vision_config=plain_config(module_config(tower)),
             moe={name: layer.spec() for name, layer in layers.items()},
             shared_router=len(routers) == 1 and len(layers) > 1,
             tasks=tasks,
@@ -284,6 +285,9 @@ class MergedCLIPVisionModel(PreTrainedModel):
             ) from error
         tensors = read_exactly(files, shapes_of(model.own_state()))
         model.load_state_dict(tensors, strict=False, assign=True)
+        for layer in moe_layers(model.vision_model).values() if own_config.moe else ():
+            for linear in (layer.fc1, layer.fc2):
+                linear.experts.lay_out(linear.base)
         if dtype is not None:
             module: nn.Module = model
             module.to(dtype)
@@ -321,13 +325,6 @@ def _install_empty_layers(tower: nn.Module, config: MergedCLIPVisionConfig) -> N
 
 def _inner(router: Router) -> Router:
     return router.shared if isinstance(router, LayerEncodedRouter) else router
-
-
-def _plain_config(tower: nn.Module) -> dict[str, Any]:
-    config = module_config(tower).to_dict()
-    for volatile in ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"):
-        config.pop(volatile, None)
-    return config
 
 
 AutoConfig.register(MergedCLIPVisionConfig.model_type, MergedCLIPVisionConfig, exist_ok=True)

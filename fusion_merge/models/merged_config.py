@@ -122,5 +122,10 @@ def check_seal(table: Mapping[str, Any], where: str) -> None:
     Raises:
         CheckpointError: if a checksum is missing, or is not that of the fields.
     """
-    if not table.get("checksum") or table.get("config_checksum") != fields_checksum(table):
+    if not table.get("checksum") or not table.get("config_checksum"):
+        raise CheckpointError(
+            f"`{where}` is damaged, or was saved by an earlier version: its configuration carries no checksum; "
+            "save the model again"
+        )
+    if table["config_checksum"] != fields_checksum(table):
         raise CheckpointError(f"`{where}` is damaged: its configuration is not what was written; use another copy")

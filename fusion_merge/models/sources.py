@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -286,7 +288,8 @@ def _open_safetensors(file: Path) -> dict[str, _Reader]:
     Mapped files would stay in memory for as long as they are open, and end the process where one is cut meanwhile.
     """
     readers = {}
-    with safe_open(file, framework="pt", device="cpu") as handle, file.open("rb") as stream:  # which checks the header
+    with file.open("rb") as stream, safe_open(file, framework="pt", device="cpu") as handle:  # which checks the header
+        identity = _identity(stream)
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
         for key in list(handle.keys()):
@@ -294,15 +297,24 @@ def _open_safetensors(file: Path) -> dict[str, _Reader]:
             shape, name = tuple(described.get_shape()), str(described.get_dtype())  # such as F32, BF16 or I8
             dtype = described[:0].dtype if shape else handle.get_tensor(key).dtype
             start = 8 + length + int(header[key]["data_offsets"][0])
-            first_row = partial(_read_at, file, start, shape[-1:] or (1,), dtype)
-            readers[key] = _Reader(file, shape, name, partial(_read_at, file, start, shape, dtype), first_row)
+            row = (0,) if 0 in shape else shape[-1:] or (1,)
+            read = partial(_read_at, file, identity, start)
+            readers[key] = _Reader(file, shape, name, partial(read, shape, dtype), partial(read, row, dtype))
     return readers
 
 
-def _read_at(file: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    tensor = torch.empty(shape, dtype=dtype)
+def _identity(stream: BufferedReader) -> tuple[int, ...]:
+    """Return by what a file is known: another one may take its place."""
+    status = os.fstat(stream.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read_at(file: Path, identity: tuple[int, ...], start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
     memory = memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type] # it is a buffer
     with file.open("rb") as stream:
+        if _identity(stream) != identity:
+            raise OSError("the file was changed meanwhile; run again")
         stream.seek(start)
         if stream.readinto(memory) != len(memory):
             raise OSError("the file was cut meanwhile")

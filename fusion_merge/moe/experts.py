@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fusion_merge.errors import ConfigError
 from fusion_merge.moe.factors import factored_linear, merged_factors
 from fusion_merge.moe.gaps import decode, encode
-from fusion_merge.moe.row_blocks import ROWS, along, lies_along, merged_linear
+from fusion_merge.moe.row_blocks import ROWS, along, lay_along, lies_along, merged_linear
 from fusion_merge.task_vectors import magnitude_prune, truncated_svd
 
 
@@ -57,6 +57,13 @@ class Experts(nn.Module, ABC):
 
         Shape:
             x (B, T, I), coefficients (B, K) or (1, K) → (B, T, O).
+        """
+
+    def lay_out(self, base: nn.Linear) -> None:
+        """Lay the base layer's weight in memory in the order in which `forward` reads it; its values stay.
+
+        Args:
+            base: the layer.
         """
 
     @abstractmethod
@@ -109,6 +116,10 @@ class DenseExperts(Experts):
     def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
         """See `Experts.forward`."""
         return merged_linear(x, coefficients, base.weight, _merged_bias(base, coefficients, self.bias), self.rows)
+
+    def lay_out(self, base: nn.Linear) -> None:
+        """See `Experts.lay_out`: along the longer side."""
+        lay_along(base)
 
     def rows(self, first: int, last: int) -> Tensor:
         """See `row_blocks.Rows`."""
@@ -179,6 +190,10 @@ class SparseExperts(Experts):
         blocks = torch.cat([block.flatten() for block in weight.split(ROWS, dim=1)])  # (N·L·S,)
         shape = (length, width) if length == bias.shape[1] else (width, length)  # (O, I)
         return cls(*encode(blocks, num_tasks * ROWS * width), bias, shape)
+
+    def lay_out(self, base: nn.Linear) -> None:
+        """See `Experts.lay_out`: along the longer side."""
+        lay_along(base)
 
     def rows(self, first: int, last: int) -> Tensor:
         """See `row_blocks.Rows`: a block is expanded when it is asked for."""

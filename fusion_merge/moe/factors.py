@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fusion_merge.moe.row_blocks import in_autocast_dtype
@@ -56,7 +57,7 @@ def merged_factors(
     """
     x = in_autocast_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        output: Tensor = _MergedFactors.apply(x, *(t.to(x.dtype) for t in (coefficients, weight, bias, left, right)))
+        output: Tensor = _MergedFactors.apply(x, coefficients.to(x.dtype), weight, bias, left, right)
     return output
 
 
@@ -65,17 +66,19 @@ class _MergedFactors(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, left: Tensor, right: Tensor
     ) -> Tensor:
-        merged = torch.addmm(weight, left * coefficients, right)  # (O, I)
+        weighed = left.to(x.dtype) * coefficients  # (O, K)
+        merged = torch.addmm(weight.to(x.dtype), weighed, right.to(x.dtype))  # (O, I)
         ctx.save_for_backward(x, merged, left, right)
-        return F.linear(x, merged, bias)  # (B, T, O)
+        return F.linear(x, merged, bias.to(x.dtype))  # (B, T, O)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, merged, left, right = ctx.saved_tensors
         for_input, for_coefficients, *_ = ctx.needs_input_grad
         dx = torch.matmul(gradient, merged) if for_input else None  # (B, T, I)
         dg = None
         if for_coefficients:
-            outer, inner = torch.matmul(gradient, left), F.linear(x, right)  # (B, T, K) each
+            outer, inner = torch.matmul(gradient, left.to(x.dtype)), F.linear(x, right.to(x.dtype))  # (B, T, K) each
             dg = (outer * inner).sum(dim=(0, 1)).unsqueeze(0)  # (1, K)
         return dx, dg, None, None, None, None

@@ -23,7 +23,7 @@ def encode(vector: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
         vector (P,) → values (S,), gaps (S,) uint8, starts (blocks + 1,) int32: where each block's entries begin
         among the S, and the end.
     """
-    firsts = torch.arange(0, len(vector), block)  # (blocks,)
+    firsts = torch.arange(0, len(vector), block, device=vector.device)  # (blocks,)
     taken = vector != 0
     taken[firsts] = True
     places = taken.nonzero()[:, 0]
@@ -31,7 +31,7 @@ def encode(vector: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     gaps[places % block == 0] = 0
     between = (gaps - 1).clamp(min=0) // _WIDEST  # entries that lie between one and the one before it
     ends = (between + 1).cumsum(dim=0)  # (entries,): how many there are up to and with each
-    stored = torch.full((int(ends[-1]),), _WIDEST, dtype=torch.uint8)
+    stored = torch.full((int(ends[-1]),), _WIDEST, dtype=torch.uint8, device=vector.device)
     stored[ends - 1] = (gaps - _WIDEST * between).to(torch.uint8)
     values = vector.new_zeros(len(stored))
     values[ends - 1] = vector[places]

@@ -49,6 +49,7 @@ class MoELinear(nn.Module):
             raise ModelError("a linear layer without a bias cannot be upcycled")
         self.base = base.requires_grad_(False)
         self.experts = experts
+        experts.lay_out(base)
 
     def forward(self, x: Tensor, coefficients: Tensor) -> Tensor:
         """Return the output under the given merging coefficients.
@@ -59,7 +60,12 @@ class MoELinear(nn.Module):
 
         Shape:
             x (B, T, I), coefficients (B, K) or (1, K) → (B, T, O).
+
+        Raises:
+            ModelError: if the base was unfrozen.
         """
+        if self.base.weight.requires_grad:
+            raise ModelError("the base of a routed layer is frozen, and gets no gradient: leave `requires_grad` off")
         output: Tensor = self.experts(x, coefficients, self.base)
         return output
 

@@ -7,6 +7,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fusion_merge.errors import ConfigError
 
@@ -105,7 +106,7 @@ class LinearRouter(Router):
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """See `Router.pooled`: of a linear map, the mean of the outputs is the output of the mean."""
-        return _exact(self.out(_mean(tokens).to(tokens.dtype)))  # (B, K)
+        return _exact_linear(self.out, _mean(tokens))  # (B, K)
 
     def spec(self) -> dict[str, Any]:
         """See `Router.spec`."""
@@ -149,7 +150,7 @@ class MLPRouter(Router):
     def pooled(self, tokens: Tensor) -> Tensor:
         """See `Router.pooled`: the last layer is linear, and sees the mean of its inputs."""
         hidden = torch.relu(self.inner(tokens))  # (B, T, hidden)
-        return _exact(self.out(_mean(hidden).to(hidden.dtype)))  # (B, K)
+        return _exact_linear(self.out, _mean(hidden))  # (B, K)
 
     def spec(self) -> dict[str, Any]:
         """See `Router.spec`."""
@@ -289,6 +290,12 @@ def _empty_router(spec: dict[str, Any]) -> Router:
 def _mean(values: Tensor) -> Tensor:
     """Return the mean over tokens, in float32 at least: (B, T, …) → (B, …)."""
     return _exact(values).mean(dim=1)
+
+
+def _exact_linear(layer: nn.Linear, means: Tensor) -> Tensor:
+    """Apply a layer in the precision of its input, mixed precision or not: (B, D) → (B, K)."""
+    with torch.autocast(means.device.type, enabled=False):
+        return F.linear(means, layer.weight.to(means.dtype), layer.bias.to(means.dtype))
 
 
 def _exact(values: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 ROWS = 64
@@ -53,12 +54,22 @@ def along(weight: Tensor) -> Tensor:
     """Return a weight, or a stack of them, along the longer side: the same tensor, or its transpose.
 
     Args:
-        weight: in the order of a linear layer, or along the longer side already: to go back is the same again.
+        weight: in the order of a linear layer.
 
     Shape:
         (…, O, I) → (…, L, S).
     """
     return weight if lies_along(*weight.shape[-2:]) else weight.mT
+
+
+def lay_along(base: nn.Linear) -> None:
+    """Lay a weight along its longer side in memory too, so that no product has to copy it; its values stay.
+
+    Args:
+        base: the layer, changed.
+    """
+    if not lies_along(*base.weight.shape):
+        base.weight.data = base.weight.data.mT.contiguous().mT
 
 
 def merged_linear(x: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, rows: Rows) -> Tensor:
@@ -79,7 +90,7 @@ def merged_linear(x: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor,
     x = in_autocast_dtype(x)
     function = _MergedForAll if coefficients.shape[0] == 1 else _MergedForEach
     with torch.autocast(x.device.type, enabled=False):
-        output: Tensor = function.apply(x, coefficients.to(x.dtype), weight.to(x.dtype), bias.to(x.dtype), rows)
+        output: Tensor = function.apply(x, coefficients.to(x.dtype), weight, bias.to(x.dtype), rows)
     return output
 
 
@@ -113,6 +124,7 @@ class _MergedForEach(torch.autograd.Function):
         return output.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, coefficients, weight = ctx.saved_tensors
         for_input, for_coefficients, _, for_bias, _ = ctx.needs_input_grad
@@ -140,7 +152,7 @@ class _MergedForAll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, rows: Rows) -> Tensor:
-        base = along(weight).contiguous()
+        base = along(weight).contiguous().to(x.dtype)
         merged = torch.empty_like(base)  # (L, S)
         for part, block in _blocks(rows, base):
             torch.addmm(base[part].view(1, -1), coefficients, block.flatten(1), out=merged[part].view(1, -1))
@@ -150,6 +162,7 @@ class _MergedForAll(torch.autograd.Function):
         return F.linear(x, merged, bias[0])  # (B, T, O)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, coefficients, merged = ctx.saved_tensors
         for_input, for_coefficients, _, for_bias, _ = ctx.needs_input_grad
@@ -170,7 +183,7 @@ def _merged_blocks(
     x: Tensor, coefficients: Tensor, weight: Tensor, rows: Rows
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Give each block's place along the longer side, its rows merged for each sample (B, rows, S), and the block."""
-    base, samples = along(weight).contiguous(), x.shape[0]  # (L, S)
+    base, samples = along(weight).contiguous().to(x.dtype), x.shape[0]  # (L, S)
     memory = x.new_empty(ROWS * samples * base.shape[1])  # used again and again: fresh memory has to be mapped in
     for part, block in _blocks(rows, base):
         height = block.shape[1]

@@ -7,9 +7,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import overload
 
+import torch
 from torch import nn
 
-from fusion_merge.errors import ModelError
+from fusion_merge.errors import ConfigError, ModelError
 from fusion_merge.moe.experts import Experts, TaskVector
 from fusion_merge.moe.layer import MoELinear, MoEMLP, Routing, mlp_parts
 from fusion_merge.moe.router import Router
@@ -17,6 +18,9 @@ from fusion_merge.moe.selection import Selection
 from fusion_merge.task_vectors import State, difference
 
 log = logging.getLogger(__name__)
+
+EXPERT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What expert banks can be stored in."""
 
 MakeExperts = Callable[[str, Sequence[TaskVector]], Experts]
 """Makes a bank from the layer's name and its task vectors, which are best gone through once: they are read anew."""
@@ -154,6 +158,23 @@ def route_mlps(
         if progress is not None:
             progress()
     return routed
+
+
+def stored(experts: Experts, dtype: str, path: str) -> Experts:
+    """Return a bank in the precision that it is stored in.
+
+    Args:
+        experts: the bank, changed.
+        dtype: one of `EXPERT_DTYPES`.
+        path: the layer's name, for the error.
+
+    Raises:
+        ConfigError: if that cannot hold the bank's values.
+    """
+    experts = experts.to(EXPERT_DTYPES[dtype])
+    if not all(torch.isfinite(torch.stack(p.aminmax())).all() for p in experts.parameters() if p.numel()):
+        raise ConfigError(f"`expert_dtype`={dtype} cannot hold the experts of `{path}`; choose bfloat16 or float32")
+    return experts
 
 
 def _load_pretrained(linear: nn.Linear, pretrained: State, path: str) -> None:

@@ -79,7 +79,16 @@ def class_embeddings(
     Shape:
         → (C, P).
     """
-    prompts = [template.replace("{}", name) for name in classnames for template in templates]
-    each = text_embeddings(model, tokenizer, prompts)  # (C·templates, P)
+    each = text_embeddings(model, tokenizer, prompts_of(classnames, templates))  # (C·templates, P)
     mean = torch.stack([group.mean(dim=0) for group in each.split(len(templates))])  # (C, P)
     return F.normalize(mean, dim=-1)
+
+
+def prompts_of(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Return each class name in each template, class after class.
+
+    Args:
+        classnames: one name a class.
+        templates: prompts with a `{}` for the class name.
+    """
+    return [template.replace("{}", name) for name in classnames for template in templates]

@@ -27,11 +27,12 @@ from fusion_merge.models.clip import (
     split_processor,
     vision_config,
 )
+from fusion_merge.models.clip_config import plain_config
 from fusion_merge.models.sources import fingerprint
 from fusion_merge.models.task_models import TaskModels
 from fusion_merge.options import LARGEST
 from fusion_merge.pools.datasets import ImageTask, make_task
-from fusion_merge.pools.heads import ZeroShotHead, zero_shot_head
+from fusion_merge.pools.heads import ZeroShotHead, prompts_of, zero_shot_head
 from fusion_merge.pools.loaders import Placement, TaskImages, evaluation_loader, fitting_workers
 from fusion_merge.pools.reading import Purpose
 from fusion_merge.pools.references import PROCESSORS, Reference, check_table, reference_of
@@ -196,18 +197,20 @@ class CLIPVisionModelTaskPool(TaskPool):
         return self._heads[name]
 
     def head_fingerprint(self, name: str) -> str:
-        """Return a short name for what a task's head is made of: the prompts and the CLIP model.
+        """Return a short name for what a task's head is made of: the prompts, their tokens, and the CLIP model.
 
         Args:
             name: one of `task_names`.
         """
         task = self.task(name)
-        prompts = json.dumps([task.classnames, task.templates, self._clip_fingerprint])
-        return hashlib.sha256(prompts.encode()).hexdigest()[:16]
+        prompts = prompts_of(task.classnames, task.templates)
+        tokens = self.processor.tokenizer(text=prompts, padding=True, return_tensors="pt")["input_ids"].tolist()
+        made_of = json.dumps([prompts, tokens, self._clip_fingerprint])
+        return hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
     @cached_property
-    def _clip_fingerprint(self) -> str:
-        return fingerprint(self.clip_model.state_dict())
+    def _clip_fingerprint(self) -> list[Any]:
+        return [fingerprint(self.clip_model.state_dict()), plain_config(self.clip_model.config)]
 
     @cached_property
     def clip_model(self) -> CLIPModel:

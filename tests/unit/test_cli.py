@@ -142,6 +142,25 @@ def test_help_is_quick_and_shows_presets_and_options(tmp_path):
     assert files_in(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["method=wemoe", "--help"], "methods.wemoe.WEMoEAlgorithm"),
+        (["-m", "method=e_wemoe,wemoe", "seed=0,1", "-h"], "methods.e_wemoe.EWEMoEAlgorithm"),
+        (["method=wemoe", "--cfg", "job", "--help"], "methods.wemoe.WEMoEAlgorithm"),
+        (["--config-dir", "own", "method=mine", "--help"], "methods.dummy.DummyAlgorithm"),
+        (["--config-dir=own", "method=mine", "--help"], "methods.dummy.DummyAlgorithm"),
+        (["--hydra-help"], "--multirun"),
+    ],
+)
+def test_help_is_about_what_was_chosen(tmp_path, arguments, shown):
+    (tmp_path / "own" / "method").mkdir(parents=True)
+    (tmp_path / "own" / "method" / "mine.yaml").write_text("_target_: fusion_merge.methods.dummy.DummyAlgorithm\n")
+    done = run_cli(*arguments, cwd=tmp_path)
+    assert (done.code, done.err) == (0, "")
+    assert shown in done.out
+
+
 def test_config_folder_where_one_works_changes_nothing(tmp_path):
     clean, hostile = tmp_path / "clean", tmp_path / "hostile"
     (hostile / "config" / "method").mkdir(parents=True)

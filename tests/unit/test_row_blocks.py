@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers import apply_delta, make_bank, random_linear, random_task_vectors
 
-from fusion_merge.moe import row_blocks
+from fusion_merge.errors import ModelError
+from fusion_merge.moe import MoELinear, row_blocks
 
 BATCH, TOKENS, SHORT, LONG, TASKS = 3, 5, 6, 70, 4  # one block of 64 rows, and a shorter one
 
@@ -84,3 +87,40 @@ def test_a_bank_gives_its_rows_in_blocks_along_the_longer_side(kind, shape):
     for first in range(0, long.shape[1], row_blocks.ROWS):
         last = min(first + row_blocks.ROWS, long.shape[1])
         assert torch.equal(bank.rows(first, last), long[:, first:last])
+
+
+@every_shape
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_a_base_lies_in_memory_as_it_is_read(kind, shape):
+    bank, base, *_ = _case(kind, 1, shape=shape)
+    before = base.weight.clone()
+    layer = MoELinear(base, bank)
+    assert row_blocks.along(layer.base.weight).is_contiguous()
+    assert torch.equal(layer.base.weight, before)
+    assert row_blocks.along(copy.deepcopy(layer).half().base.weight).is_contiguous()
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "low_rank"])
+@pytest.mark.parametrize("samples", [1, BATCH])
+def test_second_derivatives_are_right_or_refused(kind, samples):
+    bank, base, x, coefficients = _case("dense" if kind == "low_rank" else kind, samples)
+    if kind == "low_rank":
+        bank = make_bank(kind, random_task_vectors(2, *reversed(SHAPES["widens"]), dtype=torch.float64), rank=2)
+        x = x.detach().repeat(1, 8, 1).requires_grad_()  # so many tokens that a merged weight is cheaper
+    (first,) = torch.autograd.grad(bank(x, coefficients, base).square().sum(), x, create_graph=True)
+    if kind == "low_rank" and samples > 1:
+        delta = apply_delta(x, bank.delta(coefficients), base).square().sum()
+        (expected,) = torch.autograd.grad(delta, x, create_graph=True)
+        found, wanted = (torch.autograd.grad(d.square().sum(), coefficients)[0] for d in (first, expected))
+        torch.testing.assert_close(found, wanted)
+    else:
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.square().sum().backward()
+
+
+def test_a_base_that_wants_a_gradient_is_refused():
+    bank, base, x, coefficients = _case("dense", 1)
+    layer = MoELinear(base, bank)
+    layer.base.requires_grad_(True)
+    with pytest.raises(ModelError, match="the base of a routed layer is frozen"):
+        layer(x, coefficients)

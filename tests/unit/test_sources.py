@@ -251,9 +251,9 @@ def reads(monkeypatch) -> list[int]:
     counts: list[int] = []
     read_at = sources._read_at
 
-    def counted(file, start, shape, dtype):
+    def counted(file, identity, start, shape, dtype):
         counts.append(math.prod(shape))
-        return read_at(file, start, shape, dtype)
+        return read_at(file, identity, start, shape, dtype)
 
     monkeypatch.setattr(sources, "_read_at", counted)
     return counts
@@ -275,12 +275,30 @@ def test_a_fingerprint_reads_one_row_of_each_tensor(folder, reads, tower):
     assert reads == [shape[-1] for _, shape in sorted(state.shapes.items())]
 
 
-def test_a_file_that_is_cut_after_it_was_opened_is_a_clear_error(folder):
+@pytest.mark.parametrize("how", ["cut", "replaced"])
+def test_a_file_that_is_changed_after_it_was_opened_is_a_clear_error(folder, how):
     (file,) = find_files(str(folder)).weights
     state = LazyState((file,), canonical_names)
-    os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(ModelError, match=r"cannot read `.*` in `.*`: the file was cut meanwhile"):
+    if how == "cut":
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        other = {name: tensor + 1 for name, tensor in load_file(file).items()}
+        save_file(other, file.with_suffix(".new"))
+        file.with_suffix(".new").replace(file)
+    with pytest.raises(ModelError, match=r"cannot read `.*` in `.*`: the file was changed meanwhile; run again"):
         dict(state)
+
+
+def test_a_default_device_does_not_matter(folder):
+    (file,) = find_files(str(folder)).weights
+    with torch.device("meta"):
+        state = dict(LazyState((file,), canonical_names))
+    assert all(tensor.device.type == "cpu" for tensor in state.values())
+
+
+def test_an_empty_tensor_has_an_empty_first_row(tmp_path):
+    save_file({"empty": torch.zeros(0, 3), "full": torch.ones(4)}, tmp_path / "x.safetensors")
+    assert LazyState((tmp_path / "x.safetensors",), _all_names).first_row("empty").shape == (0,)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])

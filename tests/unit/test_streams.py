@@ -32,13 +32,31 @@ def _other_names(_copy: Path, options: dict) -> None:
     options["classnames"] = {"tabby": "grey tabby", "siamese": "siamese"}
 
 
+def _other_tokenizer(copy: Path, _options: dict) -> None:
+    file = copy / "pretrained" / "vocab.json"
+    table = json.loads(file.read_text())
+    table["a"], table["e"] = table["e"], table["a"]
+    file.write_text(json.dumps(table))
+
+
+def _other_activation(copy: Path, _options: dict) -> None:
+    file = copy / "pretrained" / "config.json"
+    table = json.loads(file.read_text())
+    table["text_config"]["hidden_act"] = "relu"
+    file.write_text(json.dumps(table))
+
+
 def _other_place(copy: Path, _options: dict) -> None:
     """The same data in another place are the same data."""
 
 
 @pytest.mark.parametrize(
     ("change", "resumed"),
-    [(_other_place, 2), (_brighter, 0), (_other_processor, 0), (_other_prompts, 0), (_other_names, 0)],
+    [
+        (_other_place, 2),
+        *((change, 0) for change in (_brighter, _other_processor, _other_prompts, _other_names)),
+        *((change, 0) for change in (_other_tokenizer, _other_activation)),
+    ],
 )
 def test_only_the_same_images_and_heads_are_gone_on_with(pool_dir, tmp_path, change: Callable, resumed):
     models = {"_pretrained_": str(pool_dir / "pretrained")} | {t: str(pool_dir / t) for t in TASKS}
