@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fusion_merge.errors import ConfigError
 from fusion_merge.moe.factors import factored_linear, merged_factors
 from fusion_merge.moe.gaps import decode, encode
-from fusion_merge.moe.row_blocks import ROWS, along, lay_along, lies_along, merged_linear
+from fusion_merge.moe.row_blocks import along, block_rows, lay_along, lies_along, merged_linear
 from fusion_merge.task_vectors import magnitude_prune, truncated_svd
 
 
@@ -153,8 +153,8 @@ class SparseExperts(Experts):
 
     Args:
         values: the entries that survive, and some zeros between them.
-        gaps: how far each is from the one before, in blocks of `row_blocks.ROWS` rows along the longer side: block
-            after block, within one task after task, and within that row after row.
+        gaps: how far each is from the one before, in blocks of `block_rows` rows along the longer side: block after
+            block, within one task after task, and within that row after row.
         starts: where each block begins in `values`, and the end.
         bias: the pruned biases.
         shape: the layer's (O, I).
@@ -187,9 +187,10 @@ class SparseExperts(Experts):
         """
         weight, bias = _stacked(task_vectors, lambda tensor: magnitude_prune(tensor, prune_ratio))  # (N, L, S), (N, O)
         num_tasks, length, width = weight.shape
-        blocks = torch.cat([block.flatten() for block in weight.split(ROWS, dim=1)])  # (N·L·S,)
+        height = block_rows(width)
+        blocks = torch.cat([block.flatten() for block in weight.split(height, dim=1)])  # (N·L·S,)
         shape = (length, width) if length == bias.shape[1] else (width, length)  # (O, I)
-        return cls(*encode(blocks, num_tasks * ROWS * width), bias, shape)
+        return cls(*encode(blocks, num_tasks * height * width), bias, shape)
 
     def lay_out(self, base: nn.Linear) -> None:
         """See `Experts.lay_out`: along the longer side."""
@@ -197,8 +198,9 @@ class SparseExperts(Experts):
 
     def rows(self, first: int, last: int) -> Tensor:
         """See `row_blocks.Rows`: a block is expanded when it is asked for."""
-        begin, end = self.starts[first // ROWS : first // ROWS + 2].tolist()
         short = min(self.shape)
+        index = first // block_rows(short)
+        begin, end = self.starts[index : index + 2].tolist()
         block = self.values.new_zeros(self.num_coefficients * (last - first) * short)
         decode(self.values.detach()[begin:end], self.gaps[begin:end], block)
         return block.view(self.num_coefficients, last - first, short)  # (N, rows, S)
@@ -213,8 +215,8 @@ class SparseExperts(Experts):
         Shape:
             → (N, O, I).
         """
-        length = max(self.shape)
-        blocks = [self.rows(first, min(first + ROWS, length)) for first in range(0, length, ROWS)]
+        length, height = max(self.shape), block_rows(min(self.shape))
+        blocks = [self.rows(first, min(first + height, length)) for first in range(0, length, height)]
         long = torch.cat(blocks, dim=1)  # (N, L, S)
         return long if lies_along(*self.shape) else long.mT
 
@@ -349,7 +351,8 @@ def empty_experts(spec: dict[str, Any], in_features: int, out_features: int) -> 
         return DenseExperts(along(torch.zeros(num_tasks, out_features, in_features)).contiguous(), bias)
     if kind == "sparse":
         values, gaps = torch.zeros(spec["num_values"]), torch.zeros(spec["num_values"], dtype=torch.uint8)
-        starts = torch.zeros(-(-max(out_features, in_features) // ROWS) + 1, dtype=torch.int32)
+        length, width = sorted((out_features, in_features), reverse=True)
+        starts = torch.zeros(-(-length // block_rows(width)) + 1, dtype=torch.int32)
         return SparseExperts(values, gaps, starts, bias, (out_features, in_features))
     if kind == "low_rank":
         size = num_tasks * spec["rank"]

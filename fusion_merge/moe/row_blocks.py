@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-ROWS = 64
-"""Rows of a block: few enough for the cache, and enough for products that are worth their memory traffic."""
+_ENTRIES = 64 * 768
+"""Entries of a block: few enough for the cache, and enough for products that are worth their memory traffic."""
 
 
 class Rows(Protocol):
@@ -31,13 +31,22 @@ class Rows(Protocol):
         """Return the rows from `first` up to, not including, `last` of all N task vectors.
 
         Args:
-            first: the first row, a multiple of `ROWS`.
-            last: the row after the last, at most `first + ROWS`.
+            first: the first row, a multiple of `block_rows`.
+            last: the row after the last, at most `first + block_rows`.
 
         Shape:
             → (N, rows, S).
         """
         ...
+
+
+def block_rows(width: int) -> int:
+    """Return how many rows along the longer side make a block.
+
+    Args:
+        width: S, how wide a row is.
+    """
+    return max(1, _ENTRIES // width)
 
 
 def lies_along(out_features: int, in_features: int) -> bool:
@@ -132,7 +141,7 @@ class _MergedForEach(torch.autograd.Function):
         short, long = (x, gradient) if widens else (gradient, x)  # (B, T, S), (B, T, L)
         dx = torch.zeros_like(_exact(x)) if for_input else None  # (B, T, I)
         dg = torch.zeros_like(_exact(coefficients)) if for_coefficients else None  # (B, N)
-        memory = x.new_empty(x.shape[0] * ROWS * short.shape[-1])
+        memory = _scratch(x, short.shape[-1], max(weight.shape))
         for part, merged, block in _merged_blocks(x, coefficients, weight, ctx.rows):
             if dx is not None and widens:
                 _accumulate(dx, gradient[..., part], merged)
@@ -184,7 +193,7 @@ def _merged_blocks(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Give each block's place along the longer side, its rows merged for each sample (B, rows, S), and the block."""
     base, samples = along(weight).contiguous().to(x.dtype), x.shape[0]  # (L, S)
-    memory = x.new_empty(ROWS * samples * base.shape[1])  # used again and again: fresh memory has to be mapped in
+    memory = _scratch(x, base.shape[1], base.shape[0])
     for part, block in _blocks(rows, base):
         height = block.shape[1]
         merged = _view(memory, height, samples, base.shape[1])  # (rows, B, S): small products, row by row, are fastest
@@ -195,8 +204,9 @@ def _merged_blocks(
 
 def _blocks(rows: Rows, base: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Give each block's place along the longer side, and all task vectors' rows in the precision of `base`."""
-    for first in range(0, base.shape[0], ROWS):
-        last = min(first + ROWS, base.shape[0])
+    height = block_rows(base.shape[1])
+    for first in range(0, base.shape[0], height):
+        last = min(first + height, base.shape[0])
         yield slice(first, last), rows(first, last).to(base.dtype)
 
 
@@ -211,6 +221,11 @@ def _accumulate(total: Tensor, tokens: Tensor, weight: Tensor) -> None:
 def _exact(tensor: Tensor) -> Tensor:
     """Return a tensor in the precision of sums over blocks, which are not rounded to half precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _scratch(x: Tensor, width: int, length: int) -> Tensor:
+    """Return memory for one block of each sample, to be used again and again: fresh memory has to be mapped in."""
+    return x.new_empty(x.shape[0] * min(block_rows(width), length) * width)
 
 
 def _view(memory: Tensor, *shape: int) -> Tensor:

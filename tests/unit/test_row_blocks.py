@@ -11,9 +11,16 @@ from helpers import apply_delta, make_bank, random_linear, random_task_vectors
 from fusion_merge.errors import ModelError
 from fusion_merge.moe import MoELinear, row_blocks
 
-BATCH, TOKENS, SHORT, LONG, TASKS = 3, 5, 6, 70, 4  # one block of 64 rows, and a shorter one
+BATCH, TOKENS, SHORT, LONG, TASKS = 3, 5, 6, 70, 4
 
 SHAPES = {"widens": (SHORT, LONG), "narrows": (LONG, SHORT), "square": (LONG, LONG), "one block": (SHORT, 8)}
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    """Of 64 rows of 6, so that the longer sides make a block and a shorter one, or many."""
+    monkeypatch.setattr(row_blocks, "_ENTRIES", 64 * SHORT)
+
 
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 
@@ -84,8 +91,9 @@ def test_no_merged_weight_is_kept_for_the_gradient(kind):
 def test_a_bank_gives_its_rows_in_blocks_along_the_longer_side(kind, shape):
     bank = _case(kind, 1, shape=shape)[0]
     long = row_blocks.along(bank.expand())  # (N, L, S)
-    for first in range(0, long.shape[1], row_blocks.ROWS):
-        last = min(first + row_blocks.ROWS, long.shape[1])
+    height = row_blocks.block_rows(long.shape[2])
+    for first in range(0, long.shape[1], height):
+        last = min(first + height, long.shape[1])
         assert torch.equal(bank.rows(first, last), long[:, first:last])
 
 
