@@ -22,6 +22,18 @@ def _small_blocks(monkeypatch):
     monkeypatch.setattr(row_blocks, "_ENTRIES", 64 * SHORT)
 
 
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("group", [1, 2])
+def test_samples_may_be_taken_in_groups(kind, group, monkeypatch):
+    bank, base, x, coefficients = _case(kind, BATCH)
+    whole = bank(x, coefficients, base)
+    monkeypatch.setattr(row_blocks, "_SAMPLES", group)
+    grouped = bank(x, coefficients, base)
+    torch.testing.assert_close(grouped, whole)
+    found, expected = (torch.autograd.grad(out.square().sum(), (x, coefficients)) for out in (grouped, whole))
+    torch.testing.assert_close(found, expected)
+
+
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 
 
