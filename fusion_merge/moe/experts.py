@@ -121,8 +121,8 @@ class DenseExperts(Experts):
         """See `Experts.lay_out`: along the longer side."""
         lay_along(base)
 
-    def rows(self, first: int, last: int) -> Tensor:
-        """See `row_blocks.Rows`."""
+    def rows(self, first: int, last: int, memory: Tensor | None = None) -> Tensor:
+        """See `row_blocks.Rows`: they are there, and need no memory."""
         return self.weight[:, first:last]  # (N, rows, S)
 
     def expand(self) -> Tensor:
@@ -196,12 +196,14 @@ class SparseExperts(Experts):
         """See `Experts.lay_out`: along the longer side."""
         lay_along(base)
 
-    def rows(self, first: int, last: int) -> Tensor:
-        """See `row_blocks.Rows`: a block is expanded when it is asked for."""
+    def rows(self, first: int, last: int, memory: Tensor | None = None) -> Tensor:
+        """See `row_blocks.Rows`: a block is expanded when it is asked for; without memory, into its own."""
         short = min(self.shape)
         index = first // block_rows(short)
         begin, end = self.starts[index : index + 2].tolist()
-        block = self.values.new_zeros(self.num_coefficients * (last - first) * short)
+        if memory is None:
+            memory = self.values.new_empty(self.num_coefficients * (last - first) * short)
+        block = memory.zero_()
         decode(self.values.detach()[begin:end], self.gaps[begin:end], block)
         return block.view(self.num_coefficients, last - first, short)  # (N, rows, S)
 

@@ -31,15 +31,16 @@ _SAMPLES = 16
 class Rows(Protocol):
     """A bank that gives its task vectors row by row, along the longer side."""
 
-    def __call__(self, first: int, last: int) -> Tensor:
+    def __call__(self, first: int, last: int, memory: Tensor) -> Tensor:
         """Return the rows from `first` up to, not including, `last` of all N task vectors.
 
         Args:
             first: the first row, a multiple of `block_rows`.
             last: the row after the last, at most `first + block_rows`.
+            memory: to be used for the rows where they have to be made, and again for the next ones.
 
         Shape:
-            → (N, rows, S).
+            memory (N·rows·S,) → (N, rows, S).
         """
         ...
 
@@ -170,7 +171,7 @@ class _MergedForAll(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, rows: Rows) -> Tensor:
         base = along(weight).contiguous().to(x.dtype)
         merged = torch.empty_like(base)  # (L, S)
-        for part, block in _blocks(rows, base):
+        for part, block in _blocks(rows, base, coefficients.shape[1]):
             torch.addmm(base[part].view(1, -1), coefficients, block.flatten(1), out=merged[part].view(1, -1))
         merged = merged if lies_along(*weight.shape) else merged.T  # (O, I)
         ctx.save_for_backward(x, coefficients, merged)
@@ -188,7 +189,7 @@ class _MergedForAll(torch.autograd.Function):
             dg = torch.zeros_like(_exact(coefficients))  # (1, N)
             short, long = (x, gradient) if lies_along(*merged.shape) else (gradient, x)
             dw = torch.matmul(long.flatten(0, 1).T, short.flatten(0, 1))  # (L, S)
-            for part, block in _blocks(ctx.rows, dw):
+            for part, block in _blocks(ctx.rows, dw, dg.shape[1]):
                 dg += dw[part].view(1, -1) @ block.flatten(1).T
             dg = dg.to(x.dtype)
         db = gradient.sum(dim=(0, 1)).unsqueeze(0) if for_bias else None  # (1, O)
@@ -201,7 +202,7 @@ def _merged_blocks(
     """Give each block's place along the longer side, its rows merged for each sample (B, rows, S), and the block."""
     base, samples = along(weight).contiguous().to(x.dtype), x.shape[0]  # (L, S)
     memory = _scratch(x, base.shape[1], base.shape[0])
-    for part, block in _blocks(rows, base):
+    for part, block in _blocks(rows, base, coefficients.shape[1]):
         height = block.shape[1]
         merged = _view(memory, height, samples, base.shape[1])  # (rows, B, S): small products, row by row, are fastest
         each = coefficients.expand(height, -1, -1)  # (rows, B, N)
@@ -209,12 +210,14 @@ def _merged_blocks(
         yield part, merged.transpose(0, 1), block
 
 
-def _blocks(rows: Rows, base: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(rows: Rows, base: Tensor, num_tasks: int) -> Iterator[tuple[slice, Tensor]]:
     """Give each block's place along the longer side, and all task vectors' rows in the precision of `base`."""
-    height = block_rows(base.shape[1])
+    height = min(block_rows(base.shape[1]), base.shape[0])
+    memory = base.new_empty(num_tasks * height * base.shape[1])
     for first in range(0, base.shape[0], height):
         last = min(first + height, base.shape[0])
-        yield slice(first, last), rows(first, last).to(base.dtype)
+        room = memory[: num_tasks * (last - first) * base.shape[1]]
+        yield slice(first, last), rows(first, last, room).to(base.dtype)
 
 
 def _accumulate(total: Tensor, tokens: Tensor, weight: Tensor) -> None:
