@@ -23,7 +23,6 @@ from torch.nn import functional as F
 _ENTRIES = 64 * 768
 """Entries of a block: few enough for the cache, and enough for products that are worth their memory traffic."""
 
-
 _SAMPLES = 16
 """Samples that a block is merged for at a time."""
 
