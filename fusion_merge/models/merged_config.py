@@ -124,8 +124,8 @@ def check_seal(table: Mapping[str, Any], where: str) -> None:
     """
     if not table.get("checksum") or not table.get("config_checksum"):
         raise CheckpointError(
-            f"`{where}` is damaged, or was saved by an earlier version: its configuration carries no checksum; "
-            "save the model again"
+            f"`{where}` is damaged: its configuration is not what was written, as it carries no checksum; "
+            "use another copy, or save the model again if an earlier version wrote it"
         )
     if table["config_checksum"] != fields_checksum(table):
         raise CheckpointError(f"`{where}` is damaged: its configuration is not what was written; use another copy")

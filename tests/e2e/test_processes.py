@@ -143,7 +143,7 @@ BROKEN = """
 import os, signal
 from fusion_merge import cli, sealed
 from fusion_merge.adaptation.progress import Progress
-from fusion_merge.models.merged import MergedCLIPVisionModel
+from fusion_merge.models import merged_files
 from fusion_merge.pools.datasets import ImageTask
 
 def broken(*_args, **_options):
@@ -156,7 +156,7 @@ where, rank = os.environ["WHERE"], os.environ.get("LOCAL_RANK", "0")
 if where == "progress" and rank == "0":
     sealed.save_file = broken
 elif where == "model" and rank == "0":
-    MergedCLIPVisionModel.own_state = broken
+    merged_files.save_torch_state_dict = broken
 elif where == "image" and rank == "1":
     ImageTask.item = broken
 elif where in ("gone0", "gone1") and rank == where[-1]:

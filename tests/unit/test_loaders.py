@@ -259,7 +259,7 @@ def test_workers_fit_the_machine(monkeypatch, wanted, loaders, cores, expected):
 
 def test_images_are_known_by_what_a_model_sees_of_them():
     def fingerprint(change: int = 0, cache_bytes: int = 0, size: int = 40) -> str:
-        data = [(float(i + (change if i == 20 else 0)), 0) for i in range(size)]
+        data = [(float(i + (change if i == 21 else 0)), 0) for i in range(size)]
         task = ImageTask("toy", data, 0, 1, ("a",), ("{}",))
         images = TaskImages(task, lambda value: torch.full((3, 2, 2), value), cache_bytes)
         return images.fingerprint()
