@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make the weights of the embedded pool from nothing: about a quarter of an hour on two idle cores.
+# Make the weights of the embedded pool from nothing: seven minutes on two idle cores.
 # Usage: [PYTHON=…] ./make_tiny8.sh [FOLDER]
 #   FOLDER  default outputs/tiny8; compare it with fusion_merge/zoo/weights/tiny8 afterwards, or copy it there
 #   PYTHON  one that has fusion_merge[tiny8] installed, such as .venv/bin/python; default: python

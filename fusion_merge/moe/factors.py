@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fusion_merge.moe.row_blocks import in_autocast_dtype
+from fusion_merge.moe.precision import in_autocast_dtype
 
 
 def factored_linear(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusion_merge.errors import ConfigError
+from fusion_merge.moe.precision import exact
 
 _WEIGHT_STD = 0.01
 
@@ -68,7 +69,7 @@ class ConstantRouter(Router):
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """See `Router.pooled`."""
-        return _exact(self.coefficients).expand(tokens.shape[0], -1)  # (B, K)
+        return exact(self.coefficients).expand(tokens.shape[0], -1)  # (B, K)
 
     def spec(self) -> dict[str, Any]:
         """See `Router.spec`."""
@@ -289,17 +290,13 @@ def _empty_router(spec: dict[str, Any]) -> Router:
 
 def _mean(values: Tensor) -> Tensor:
     """Return the mean over tokens, in float32 at least: (B, T, …) → (B, …)."""
-    return _exact(values).mean(dim=1)
+    return exact(values).mean(dim=1)
 
 
 def _exact_linear(layer: nn.Linear, means: Tensor) -> Tensor:
     """Apply a layer in the precision of its input, mixed precision or not: (B, D) → (B, K)."""
     with torch.autocast(means.device.type, enabled=False):
         return F.linear(means, layer.weight.to(means.dtype), layer.bias.to(means.dtype))
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _linear(inputs: int, outputs: int, bias: float, generator: torch.Generator | None) -> nn.Linear:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fusion_merge.moe.precision import exact, in_autocast_dtype
+
 _ENTRIES = 64 * 768
 """Entries of a block: few enough for the cache, and enough for products that are worth their memory traffic."""
 
@@ -110,16 +112,6 @@ def merged_linear(x: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor,
     return output
 
 
-def in_autocast_dtype(x: Tensor) -> Tensor:
-    """Return a tensor in the precision that products have here: backward passes run outside of the context.
-
-    Args:
-        x: the input of a product, of any shape.
-    """
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
 class _MergedForEach(torch.autograd.Function):
     """Each sample has a weight of its own."""
 
@@ -131,7 +123,7 @@ class _MergedForEach(torch.autograd.Function):
         if widens:
             output = x.new_empty(*x.shape[:2], weight.shape[0])  # (B, T, O)
         else:
-            output = _exact(bias).unsqueeze(1).repeat(1, x.shape[1], 1)  # (B, T, O)
+            output = exact(bias).unsqueeze(1).repeat(1, x.shape[1], 1)  # (B, T, O)
         for part, merged, _ in _merged_blocks(x, coefficients, weight, rows):
             if widens:
                 output[..., part] = torch.baddbmm(bias[:, None, part], x, merged.mT)  # (B, T, rows)
@@ -146,8 +138,8 @@ class _MergedForEach(torch.autograd.Function):
         for_input, for_coefficients, _, for_bias, _ = ctx.needs_input_grad
         widens = lies_along(*weight.shape)
         short, long = (x, gradient) if widens else (gradient, x)  # (B, T, S), (B, T, L)
-        dx = torch.zeros_like(_exact(x)) if for_input else None  # (B, T, I)
-        dg = torch.zeros_like(_exact(coefficients)) if for_coefficients else None  # (B, N)
+        dx = torch.zeros_like(exact(x)) if for_input else None  # (B, T, I)
+        dg = torch.zeros_like(exact(coefficients)) if for_coefficients else None  # (B, N)
         memory = _scratch(x, short.shape[-1], max(weight.shape))
         for part, merged, block in _merged_blocks(x, coefficients, weight, ctx.rows):
             if dx is not None and widens:
@@ -185,7 +177,7 @@ class _MergedForAll(torch.autograd.Function):
         dx = torch.matmul(gradient, merged) if for_input else None  # (B, T, I)
         dg = None
         if for_coefficients:
-            dg = torch.zeros_like(_exact(coefficients))  # (1, N)
+            dg = torch.zeros_like(exact(coefficients))  # (1, N)
             short, long = (x, gradient) if lies_along(*merged.shape) else (gradient, x)
             dw = torch.matmul(long.flatten(0, 1).T, short.flatten(0, 1))  # (L, S)
             for part, block in _blocks(ctx.rows, dw, dg.shape[1]):
@@ -225,11 +217,6 @@ def _accumulate(total: Tensor, tokens: Tensor, weight: Tensor) -> None:
         total.baddbmm_(tokens, weight)
     else:
         total += torch.bmm(tokens, weight)
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    """Return a tensor in the precision of sums over blocks, which are not rounded to half precision."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _scratch(x: Tensor, width: int, length: int) -> Tensor:
