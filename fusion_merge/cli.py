@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -14,26 +13,24 @@ from datetime import datetime
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fusion_merge.commands import find_command, spell_out
 from fusion_merge.errors import ConfigError, FusionMergeError, nearest, reason
+from fusion_merge.explanations import GROUPS, explain, first_choice
 from fusion_merge.help import help_text
 from fusion_merge.options import LARGEST
 from fusion_merge.schema import BASELINES, FabricConfig, ProgramConfig, register_schema
 
-if TYPE_CHECKING:
-    from fusion_merge.program import FusionProgram
-
 log = logging.getLogger(__name__)
 
-_GROUPS = ("method", "modelpool", "taskpool")
 _OPEN_TABLES = (
     "modelpool.models",
     "modelpool.processor",
@@ -73,7 +70,7 @@ def main() -> None:
         os.environ["HYDRA_FULL_ERROR"] = os.environ[_OURS] = "1"  # Hydra then raises, and the messages are ours
     with _messages(tracebacks):
         _given[:] = sys.argv[1:]
-        sys.argv[1:] = [_open(argument) for argument in sys.argv[1:]]
+        sys.argv[1:] = [_open(argument) for argument in spell_out(sys.argv[1:])]
         if (overrides := _help_on(sys.argv[1:])) is not None:
             sys.stdout.write(help_text(overrides))
             return
@@ -88,7 +85,7 @@ def _help_on(arguments: list[str]) -> list[str] | None:
     searched = any(word in argument for argument in arguments for word in ("glob(", "interval("))
     if not {"--help", "-h"} & flags or flags - {"--help", "-h", "--multirun", "-m"} or searched:
         return None
-    return [_first(argument) for argument in arguments if argument not in flags]
+    return [first_choice(argument) for argument in arguments if argument not in flags]
 
 
 def _job(tracebacks: bool, config: DictConfig) -> None:
@@ -104,7 +101,7 @@ def _messages(tracebacks: bool) -> Iterator[None]:
     except (FusionMergeError, HydraException, OmegaConfBaseException) as error:
         if tracebacks:
             raise
-        sys.stderr.write(f"error: {_explain(error)}\n")
+        sys.stderr.write(f"error: {explain(error)}\n")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -115,18 +112,8 @@ def _run(config: DictConfig) -> None:
     plain = _plain(config)
     if plain["print_config"]:
         log.info("%s", OmegaConf.to_yaml(OmegaConf.create(plain)))
-    program = _program(plain, _output_dir(plain))
-    if plain["dry_run"]:
-        program.check()
-        log.info("%s\ndry run: nothing was computed or written", program.plan())
-        return
-    program.run()
-
-
-def _program(config: dict[str, Any], output_dir: Path) -> FusionProgram:
-    from fusion_merge.program import FusionProgram  # imports torch
-
-    return FusionProgram(config, output_dir, _command())
+    if code := find_command(plain["command"]).run(plain, _output_dir(plain), _command()):
+        sys.exit(code)
 
 
 def _command() -> str:
@@ -221,66 +208,8 @@ def _open(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if equals and not key:
         raise ConfigError(f"`{argument}` has no key; write KEY=VALUE")
-    if key in _GROUPS and equals and value in ("", "null"):
+    if key in GROUPS and equals and value in ("", "null"):
         raise ConfigError(f"`{key}`={value or None} names no preset; choose one with `{key}=NAME`")
     below = key.startswith(tuple(f"{table}." for table in _OPEN_TABLES))
     whole = key in _OPEN_TABLES and value.startswith("{")
     return f"++{argument}" if below or whole else argument
-
-
-def _explain(error: Exception) -> str:
-    """Return one clear message, with the nearest right name where a name was wrong."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = str(error.missing_cfg_file).partition("/")
-        return f"`{group}={name}` is not a preset; {nearest(name, error.options or [])}"
-    if found := re.search(r"Could not override '([^']+)'", str(error)):
-        return _explain_key(found[1])
-    cause = error.__cause__
-    messages = [str(error)]
-    if isinstance(cause, Exception) and str(cause) not in messages[0]:
-        messages.append(str(cause))
-    if found := re.match(r"Error merging override ([^=\s]+)=(\S*)", messages[0]):
-        messages = [f"`{found[1]}`={found[2]} is not possible:", *messages[1:]]
-    lines = [line for message in messages for line in message.splitlines()]
-    details = ("full_key:", "object_type=", "reference_type=")
-    return " ".join(line.strip() for line in lines if line.strip() and not line.strip().startswith(details))
-
-
-def _explain_key(key: str) -> str:
-    """Return what is wrong with the key of an override: the first part that does not exist, and the nearest."""
-    try:
-        config = _selected_config()
-    except Exception:  # the presets may fail in any way of their own; what is to be explained came first
-        return f"`{key}` is not an option; see `--cfg job` for what is"
-    parts = key.lstrip("+~").split(".")
-    for depth, part in enumerate(parts):
-        node = OmegaConf.select(config, ".".join(parts[:depth])) if depth else config
-        if not isinstance(node, DictConfig):
-            break
-        if part not in node:
-            owner = next((g for g in (*_GROUPS, "fabric") if not depth and part in (node.get(g) or {})), None)
-            if owner is not None:
-                return f"`{part}` is not an option; did you mean `{owner}.{part}`?"
-            return f"`{'.'.join(parts[: depth + 1])}` is not an option; {nearest(part, map(str, node))}"
-    return f"`{key}` cannot be set; see `--cfg job` for what can"
-
-
-def _selected_config() -> DictConfig:
-    """Return the configuration that the presets on the command line give, before other overrides."""
-    from hydra import compose, initialize_config_module
-    from hydra.core.global_hydra import GlobalHydra
-
-    GlobalHydra.instance().clear()
-    presets = [_first(a) for a in sys.argv[1:] if a.partition("=")[0] in _GROUPS]
-    with initialize_config_module("fusion_merge.config", version_base="1.3"):
-        return compose("config", overrides=presets)
-
-
-def _first(preset: str) -> str:
-    """Return the first choice of a preset that is swept, and any other as it is."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    override = OverridesParser.create().parse_override(preset)
-    if not override.is_sweep_override():
-        return preset
-    return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"

@@ -28,6 +28,7 @@ class ProgramConfig:
     `method.save_checkpoint` included: folders get a subfolder (`merged/0`), files another name (`report-0.json`).
     """
 
+    command: str = "run"
     method: Any = None
     modelpool: Any = None
     taskpool: Any = None

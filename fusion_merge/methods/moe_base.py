@@ -37,6 +37,7 @@ from fusion_merge.moe.layer import router_parameters
 from fusion_merge.moe.selection import Selection
 from fusion_merge.moe.upcycle import EXPERT_DTYPES, MakeRouter, stored
 from fusion_merge.options import option
+from fusion_merge.pools.adaptation_pools import adaptation_pools
 from fusion_merge.pools.loaders import Placement, evaluation_loader
 from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
@@ -162,7 +163,7 @@ class MoEMethod(Method):
         if self.checkpoint:
             check_routers(str(self.checkpoint), self._belongs_to(modelpool))
         elif self.max_steps > 0:
-            for pool in set(self._adaptation_pools(modelpool, taskpool).values()):
+            for pool in set(adaptation_pools(modelpool, taskpool).values()):
                 pool.check()
             if self.cache_dir is not None:
                 check_writable(self.cache_dir, "method.cache_dir", kind="folder")
@@ -196,7 +197,7 @@ class MoEMethod(Method):
             if self.checkpoint:
                 load_routers(str(self.checkpoint), model, self._belongs_to(modelpool))
         if not self.checkpoint and self.max_steps > 0:
-            pools = self._adaptation_pools(modelpool, taskpool)
+            pools = adaptation_pools(modelpool, taskpool)
             self._adapt(model, modelpool, pools, fabric)
         with together():
             keep = str(self.save_checkpoint) if self.save_checkpoint and fabric.is_global_zero else None
@@ -295,27 +296,6 @@ class MoEMethod(Method):
                 base_model="",
             )
 
-    def _adaptation_pools(
-        self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None
-    ) -> dict[str, CLIPVisionModelTaskPool]:
-        """Return, for each task, the pool whose images are adapted on: the model pool's own datasets come first."""
-        own = modelpool.test_datasets
-        scored = taskpool.specs if taskpool is not None else {}
-        pools: dict[str, CLIPVisionModelTaskPool] = {}
-        for name in modelpool.model_names:
-            if taskpool is not None and name in scored and (name not in own or _same(own[name], scored[name])):
-                pools[name] = taskpool  # where both pools have the same images, heads and preprocessing are shared
-            elif name in own:
-                pools[name] = modelpool.task_pool()
-            else:
-                raise ConfigError(
-                    f"adaptation needs images of `{name}`: neither the model pool's `test_datasets` nor the task pool "
-                    "has that task; add it to one of them, or load adapted routers with `checkpoint`"
-                )
-        if taskpool is not None:
-            modelpool.lend_pretrained(taskpool)
-        return pools
-
     def on_run_end(self) -> None:
         """See `Method.on_run_end`: forget where the adaptation was, unless it was interrupted."""
         if self._progress is not None and not (self.record is not None and self.record.interrupted):
@@ -383,8 +363,3 @@ class MoEMethod(Method):
             "tasks": modelpool.model_names,
             "fingerprints": modelpool.fingerprints(),
         }
-
-
-def _same(spec: Any, other: Any) -> bool:
-    """Tell whether two specs of data are the same; of objects, only the same object is."""
-    return spec is other or (isinstance(spec, str | dict) and type(spec) is type(other) and bool(spec == other))

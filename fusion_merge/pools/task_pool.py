@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from hydra.utils import instantiate
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPModel
@@ -30,12 +29,12 @@ from fusion_merge.models.clip import (
 from fusion_merge.models.clip_config import plain_config
 from fusion_merge.models.sources import fingerprint
 from fusion_merge.models.task_models import TaskModels
-from fusion_merge.options import LARGEST
 from fusion_merge.pools.datasets import ImageTask, make_task
 from fusion_merge.pools.heads import ZeroShotHead, prompts_of, zero_shot_head
 from fusion_merge.pools.loaders import Placement, TaskImages, evaluation_loader, fitting_workers
+from fusion_merge.pools.pool_options import clip_source, loader_options, made_from, processor_source, task_specs
 from fusion_merge.pools.reading import Purpose
-from fusion_merge.pools.references import PROCESSORS, Reference, check_table, reference_of
+from fusion_merge.pools.references import Reference
 from fusion_merge.pools.scoring import Counts, count
 from fusion_merge.processes import together
 
@@ -107,7 +106,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         split: str | None = None,
         purpose: Purpose = Purpose.SCORING,
     ) -> None:
-        specs = _specs(tasks, test_datasets)
+        specs = task_specs(tasks, test_datasets)
         if not specs:
             raise DataError("the task pool has no tasks; give `tasks={name: {data: …}}`, or take `taskpool=dummy`")
         for name in specs:
@@ -115,12 +114,12 @@ class CLIPVisionModelTaskPool(TaskPool):
                 raise DataError(f"a task cannot be called `{name}`: the report needs that name; choose another")
         if type(fast_dev_run) is not bool:
             raise ConfigError(f"`fast_dev_run`={fast_dev_run!r} of the task pool is neither true nor false")
-        self.batch_size, self.num_workers = _loader_options(batch_size, num_workers, dataloader_kwargs or {})
+        self.batch_size, self.num_workers = loader_options(batch_size, num_workers, dataloader_kwargs or {})
         self.fast_dev_run = fast_dev_run
         self.split = split
         self.purpose = purpose
-        self._clip_source = _clip_source(clip_model, base_model)
-        self._processor_source = _processor_source(processor)
+        self._clip_source = clip_source(clip_model, base_model)
+        self._processor_source = processor_source(processor)
         self.specs = specs
         self._tasks: dict[str, ImageTask] = {}
         self._images: dict[str, TaskImages] = {}
@@ -139,9 +138,9 @@ class CLIPVisionModelTaskPool(TaskPool):
             processor: as in the constructor.
         """
         if self._clip_source is None:
-            self._clip_source = _clip_source(clip_model, None)
+            self._clip_source = clip_source(clip_model, None)
         if self._processor_source is None:
-            self._processor_source = _processor_source(processor)
+            self._processor_source = processor_source(processor)
 
     def task(self, name: str) -> ImageTask:
         """Return a task; its data are opened once.
@@ -220,7 +219,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         if isinstance(source, Reference):
             path, options = source.arguments()
             return load_clip(path, where=f"`{source}`", **options)
-        made = _made(source, "clip_model") if isinstance(source, Mapping) else source
+        made = made_from(source, "clip_model") if isinstance(source, Mapping) else source
         if not isinstance(made, CLIPModel):
             raise ModelError(f"`clip_model` is a {type(made).__name__}; give a folder, a hub id, or a CLIPModel")
         return made
@@ -232,7 +231,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         if isinstance(source, Reference):
             path, options = source.arguments()
             return load_processor(path, where=f"`{source}`", **options)
-        return split_processor(_made(source, "processor") if isinstance(source, Mapping) else source)
+        return split_processor(made_from(source, "processor") if isinstance(source, Mapping) else source)
 
     def check(self) -> None:
         """Open every task's data and the processor, so that what is wrong is said before any weight is read.
@@ -308,64 +307,6 @@ class CLIPVisionModelTaskPool(TaskPool):
             limit=self.batch_size if self.fast_dev_run else None,
         )
         return count(tower, self.head(name), loader, len(self.task(name).classnames), placement)
-
-
-def _specs(tasks: Any, test_datasets: Any) -> dict[str, Any]:
-    for option, value in (("tasks", tasks), ("test_datasets", test_datasets)):
-        check_table(value, option, "{TASK: {data: PATH_OR_HUB_ID}, …}")
-    twice = [name for name in tasks or () if name in (test_datasets or ())]
-    if twice:
-        raise ConfigError(f"task `{twice[0]}` is in both `tasks` and `test_datasets`; give it once")
-    return {**(tasks or {}), **(test_datasets or {})}
-
-
-def _clip_source(clip_model: Any, base_model: Any) -> Any:
-    """Return a reference, an object, or a config that makes one; the two names of the option must agree."""
-    first, second = (
-        None if given is None else reference_of(given, f"`{option}`") or given
-        for option, given in (("clip_model", clip_model), ("base_model", base_model))
-    )
-    if first is not None and second is not None and first is not second and first != second:
-        raise ConfigError(
-            f"`clip_model`={_word(first)} and `base_model`={_word(second)} are two names of one option; give one"
-        )
-    return first if first is not None else second
-
-
-def _processor_source(processor: Any) -> Any:
-    return reference_of(processor, "`processor`", PROCESSORS) or processor
-
-
-def _word(source: Any) -> str:
-    return f"{str(source)!r}" if isinstance(source, Reference | Mapping) else f"a {type(source).__name__}"
-
-
-def _made(config: Mapping[str, Any], option: str) -> Any:
-    try:
-        return instantiate(dict(config))
-    except Exception as error:  # what a config calls may fail in any way
-        raise ConfigError(f"`{option}` cannot be made from its config: {error}") from error
-
-
-def _loader_options(batch_size: Any, num_workers: Any, more: Mapping[str, Any]) -> tuple[int, int]:
-    """Return batch size and number of workers; fusion_bench's further options may say what is done anyway."""
-    check_table(more, "dataloader_kwargs", "{batch_size: 128, num_workers: 8}")
-    fixed = {"pin_memory": (True, False), "drop_last": (False,), "shuffle": (False,)}
-    options = {"batch_size": batch_size, "num_workers": num_workers, **more}
-    known = ("batch_size", "num_workers", *fixed)
-    for key, value in options.items():
-        if key not in known:
-            raise ConfigError(f"`{key}` is not an option of `dataloader_kwargs`; {nearest(key, known)}")
-        if key in fixed and value not in fixed[key]:
-            raise ConfigError(f"`{key}`={value!r} is not possible: each image is scored once, in order")
-    for key, least in (("batch_size", 1), ("num_workers", 0)):
-        if type(options[key]) is not int or not least <= options[key] <= LARGEST:
-            huge = isinstance(options[key], int) and abs(options[key]) > LARGEST  # too many digits to show
-            raise ConfigError(
-                f"`{key}`={'…' if huge else repr(options[key])} of the task pool is not a whole number of at least "
-                f"{least} and at most {LARGEST}"
-            )
-    return options["batch_size"], options["num_workers"]
 
 
 def model_info(model: nn.Module) -> dict[str, float]:

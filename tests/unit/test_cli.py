@@ -400,3 +400,15 @@ def test_plan_names_method_models_and_tasks(pool_dir, tmp_path):
     for text in ("wemoe", str(pool_dir / "pretrained"), *TASKS, "(12)", "(18)"):
         assert text in done.out
     assert files_in(tmp_path) == []
+
+
+def test_a_word_that_is_no_command_names_the_nearest(tmp_path):
+    done = run_cli("rum", "method=wemoe", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "`rum` is not a command; did you mean `run`?" in done.stderr
+
+
+def test_run_may_be_said(pool_dir, tmp_path):
+    done = run_cli("run", "method=wemoe", *own_pool(pool_dir), "dry_run=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "dry run: nothing was computed or written" in done.stdout

@@ -24,7 +24,7 @@ LAYERS = (
     "methods",
     "report",
     "program",
-    "help",
+    ("commands", "explanations", "help"),
     ("cli", "plugins"),
     "__main__",
 )
@@ -107,7 +107,7 @@ def test_mathematics_knows_of_torch_alone():
 
 
 def test_hydra_s_configs_are_known_at_the_edge_alone():
-    assert imports_of("omegaconf", beside={"cli", "help", "schema", "plugins"}) == []
+    assert imports_of("omegaconf", beside={"cli", "explanations", "help", "schema", "plugins"}) == []
 
 
 def test_library_code_does_not_print():

@@ -1,0 +1,65 @@
+"""What the command line can do: one file a command, each with `run`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from fusion_merge.errors import ConfigError, nearest
+
+COMMANDS = ("run",)
+"""The words that may come first on the command line; without one, `run`."""
+
+
+class Command(Protocol):
+    """A module of this package."""
+
+    def run(self, config: Mapping[str, Any], output_dir: Path, typed: str) -> int:
+        """Do what the command says.
+
+        Args:
+            config: the resolved configuration, as in `config/config.yaml`.
+            output_dir: where files go, if there are any.
+            typed: the command line, for reports.
+
+        Returns:
+            The exit code: 0 where all is well.
+
+        Raises:
+            FusionMergeError: if the configuration does not hold together.
+        """
+        ...
+
+
+def find_command(name: str) -> Command:
+    """Return a command; only now is what it needs imported.
+
+    Args:
+        name: one of `COMMANDS`.
+
+    Raises:
+        ConfigError: if the name is unknown.
+    """
+    if name not in COMMANDS:
+        raise ConfigError(f"`{name}` is not a command; {nearest(name, COMMANDS)}")
+    command: Any = importlib.import_module(f"fusion_merge.commands.{name}")
+    return command
+
+
+def spell_out(arguments: list[str]) -> list[str]:
+    """Return the command line as options alone: `plan method=wemoe` is `command=plan method=wemoe`.
+
+    Args:
+        arguments: what was typed.
+
+    Raises:
+        ConfigError: if the first word is not a command.
+    """
+    if not arguments or "=" in arguments[0] or arguments[0].startswith(("-", "+", "~")):
+        return arguments
+    word, *rest = arguments
+    if word not in COMMANDS:
+        raise ConfigError(f"`{word}` is not a command; {nearest(word, COMMANDS)}, or write KEY=VALUE")
+    return [f"command={word}", *rest]

@@ -1,0 +1,78 @@
+"""What is wrong with a command line, in one clear message with the nearest right name."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+
+from fusion_merge.errors import nearest
+
+GROUPS = ("method", "modelpool", "taskpool")
+"""The groups of presets that every run chooses from."""
+
+
+def explain(error: Exception) -> str:
+    """Return one clear message, with the nearest right name where a name was wrong.
+
+    Args:
+        error: what Hydra, OmegaConf or fusion_merge raised.
+    """
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).partition("/")
+        return f"`{group}={name}` is not a preset; {nearest(name, error.options or [])}"
+    if found := re.search(r"Could not override '([^']+)'", str(error)):
+        return _explain_key(found[1])
+    cause = error.__cause__
+    messages = [str(error)]
+    if isinstance(cause, Exception) and str(cause) not in messages[0]:
+        messages.append(str(cause))
+    if found := re.match(r"Error merging override ([^=\s]+)=(\S*)", messages[0]):
+        messages = [f"`{found[1]}`={found[2]} is not possible:", *messages[1:]]
+    lines = [line for message in messages for line in message.splitlines()]
+    details = ("full_key:", "object_type=", "reference_type=")
+    return " ".join(line.strip() for line in lines if line.strip() and not line.strip().startswith(details))
+
+
+def _explain_key(key: str) -> str:
+    """Return what is wrong with the key of an override: the first part that does not exist, and the nearest."""
+    try:
+        config = _selected_config()
+    except Exception:  # the presets may fail in any way of their own; what is to be explained came first
+        return f"`{key}` is not an option; see `--cfg job` for what is"
+    parts = key.lstrip("+~").split(".")
+    for depth, part in enumerate(parts):
+        node = OmegaConf.select(config, ".".join(parts[:depth])) if depth else config
+        if not isinstance(node, DictConfig):
+            break
+        if part not in node:
+            owner = next((g for g in (*GROUPS, "fabric") if not depth and part in (node.get(g) or {})), None)
+            if owner is not None:
+                return f"`{part}` is not an option; did you mean `{owner}.{part}`?"
+            return f"`{'.'.join(parts[: depth + 1])}` is not an option; {nearest(part, map(str, node))}"
+    return f"`{key}` cannot be set; see `--cfg job` for what can"
+
+
+def _selected_config() -> DictConfig:
+    """Return the configuration that the presets on the command line give, before other overrides."""
+    GlobalHydra.instance().clear()
+    presets = [first_choice(a) for a in sys.argv[1:] if a.partition("=")[0] in GROUPS]
+    with initialize_config_module("fusion_merge.config", version_base="1.3"):
+        return compose("config", overrides=presets)
+
+
+def first_choice(preset: str) -> str:
+    """Return the first choice of a preset that is swept, and any other as it is.
+
+    Args:
+        preset: an override such as `method=wemoe,e_wemoe`.
+    """
+    override = OverridesParser.create().parse_override(preset)
+    if not override.is_sweep_override():
+        return preset
+    return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
