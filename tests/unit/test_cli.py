@@ -19,7 +19,7 @@ from lightning_fabric import Fabric
 from omegaconf import OmegaConf
 from runs import assert_refused, files_in, own_pool, run_cli
 
-from fusion_merge import cli
+from fusion_merge import cli, explanations
 from fusion_merge.errors import ConfigError
 from fusion_merge.schema import register_schema
 
@@ -293,7 +293,7 @@ def test_explaining_a_wrong_key_never_fails_itself(tmp_path, monkeypatch, broken
     def fail() -> None:
         raise broken
 
-    monkeypatch.setattr(cli, "_selected_config", fail)
+    monkeypatch.setattr(explanations, "_selected_config", fail)
     assert_refused(run_cli("method.rank=3", cwd=tmp_path), tmp_path, "`method.rank` is not an option")
 
 
@@ -339,7 +339,7 @@ def test_wrong_argument_is_refused_in_one_line(argument, texts, tmp_path):
 
 @pytest.mark.parametrize(
     ("argument", "text"),
-    [("method=wemoe,e_wemoe", "--multirun"), ("method", "'method'"), ("taskpool.tasks.cats={data", "{data")],
+    [("method=wemoe,e_wemoe", "--multirun"), ("method", "write KEY=VALUE"), ("taskpool.tasks.cats={data", "{data")],
 )
 def test_argument_that_cannot_be_read_is_refused_in_hydra_s_words(argument, text, tmp_path):
     done = run_cli(argument, cwd=tmp_path)
@@ -404,11 +404,11 @@ def test_plan_names_method_models_and_tasks(pool_dir, tmp_path):
 
 def test_a_word_that_is_no_command_names_the_nearest(tmp_path):
     done = run_cli("rum", "method=wemoe", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "`rum` is not a command; did you mean `run`?" in done.stderr
+    assert done.code == 1
+    assert "`rum` is not a command; did you mean `run`?" in done.err
 
 
 def test_run_may_be_said(pool_dir, tmp_path):
     done = run_cli("run", "method=wemoe", *own_pool(pool_dir), "dry_run=true", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "dry run: nothing was computed or written" in done.stdout
+    assert done.code == 0, done.err
+    assert "dry run: nothing was computed or written" in done.out
