@@ -127,7 +127,34 @@ def adapt(
     for step in range(record.steps):  # so that the log is whole, whatever became of the earlier one
         log_metrics(fabric, {f"entropy/{name}": values[step] for name, values in record.entropy.items()}, step)
     start = time.perf_counter() - record.seconds
-    bar = tqdm(
+    try:
+        with _interruptible() as interrupted, _global_batches(model, fabric), _bar(record, max_steps, fabric) as bar:
+            for step in bar:
+                with together():  # an image that one process cannot read ends all of them
+                    pixels = {name: next(stream.batches)[0] for name, stream in streams.items()}
+                losses, predictions = _gradient(wrapped, optim, streams, pixels, fabric, objective, use_grad_accumulate)
+                _refuse_nan(losses, update, step)
+                update.take(step)
+                metrics = _take_down(record, guard, losses, predictions)
+                _tell(bar, metrics["entropy/mean"], record.steps, max_steps, fabric)
+                record.seconds = time.perf_counter() - start
+                record.interrupted = any_process(fabric, interrupted.is_set())
+                last = record.interrupted or record.steps == max_steps
+                if progress is not None and (last or progress.due(record.steps)):
+                    with together():
+                        if fabric.is_global_zero:
+                            progress.save(record, guard, parameters, optim, update.before, scaling.state_dict())
+                log_metrics(fabric, metrics, step)
+                if record.interrupted:
+                    _tell_of_interruption(record.steps, max_steps, kept=progress is not None)
+                    break
+    finally:
+        finish_logs(fabric)
+    return record
+
+
+def _bar(record: AdaptationRecord, max_steps: int, fabric: Fabric) -> Any:
+    return tqdm(
         range(record.steps, max_steps),
         initial=record.steps,
         total=max_steps,
@@ -135,44 +162,36 @@ def adapt(
         unit="step",
         disable=None if fabric.is_global_zero else True,
     )
-    try:
-        with _interruptible() as interrupted, _global_batches(model, fabric), bar:
-            for step in bar:
-                with together():  # an image that one process cannot read ends all of them
-                    pixels = {name: next(stream.batches)[0] for name, stream in streams.items()}
-                losses, predictions = _gradient(wrapped, optim, streams, pixels, fabric, objective, use_grad_accumulate)
-                _refuse_nan(losses, update, step)
-                update.take(step)
-                metrics = {"entropy/mean": sum(losses.values()) / len(losses)}
-                for name, loss in losses.items():
-                    record.entropy[name].append(loss)
-                    metrics[f"entropy/{name}"] = loss
-                    metrics[f"top_class_share/{name}"] = guard.update(step, name, predictions[name])
-                record.steps = step + 1
-                record.collapsed = guard.collapsed
-                bar.set_postfix(entropy=f"{metrics['entropy/mean']:.3f}")
-                if bar.disable and fabric.is_global_zero and (step + 1) % max(1, max_steps // 10) == 0:
-                    log.info("step %d of %d, entropy %.3f", step + 1, max_steps, metrics["entropy/mean"])
-                record.seconds = time.perf_counter() - start
-                record.interrupted = any_process(fabric, interrupted.is_set())
-                last = record.interrupted or step + 1 == max_steps
-                if progress is not None and (last or progress.due(step + 1)):
-                    with together():
-                        if fabric.is_global_zero:
-                            progress.save(record, guard, parameters, optim, update.before, scaling.state_dict())
-                log_metrics(fabric, metrics, step)
-                if record.interrupted:
-                    log.warning(
-                        "interrupted after step %d of %d: going on with the routers as they are "
-                        "(Ctrl-C again ends the run%s)",
-                        step + 1,
-                        max_steps,
-                        "; `method.resume=true` takes up the adaptation here" if progress is not None else "",
-                    )
-                    break
-    finally:
-        finish_logs(fabric)
-    return record
+
+
+def _take_down(
+    record: AdaptationRecord, guard: CollapseGuard, losses: Mapping[str, float], predictions: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Put a step that was taken into the record, and return what is logged of it."""
+    metrics = {"entropy/mean": sum(losses.values()) / len(losses)}
+    for name, loss in losses.items():
+        record.entropy[name].append(loss)
+        metrics[f"entropy/{name}"] = loss
+        metrics[f"top_class_share/{name}"] = guard.update(record.steps, name, predictions[name])
+    record.steps += 1
+    record.collapsed = guard.collapsed
+    return metrics
+
+
+def _tell(bar: Any, entropy: float, steps: int, max_steps: int, fabric: Fabric) -> None:
+    """Show how far adaptation is: on the bar, or where there is no terminal in ten lines."""
+    bar.set_postfix(entropy=f"{entropy:.3f}")
+    if bar.disable and fabric.is_global_zero and steps % max(1, max_steps // 10) == 0:
+        log.info("step %d of %d, entropy %.3f", steps, max_steps, entropy)
+
+
+def _tell_of_interruption(steps: int, max_steps: int, *, kept: bool) -> None:
+    log.warning(
+        "interrupted after step %d of %d: going on with the routers as they are (Ctrl-C again ends the run%s)",
+        steps,
+        max_steps,
+        "; `method.resume=true` takes up the adaptation here" if kept else "",
+    )
 
 
 def _gradient(
