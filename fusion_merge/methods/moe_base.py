@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from fusion_merge.adaptation.runtime import Fabric
 
 log = logging.getLogger(__name__)
+
+Builder = Callable[["MoEMethod", CLIPVisionModelPool, torch.device], MergedCLIPVisionModel]
 
 _MEASURED = 64  # images of each task by which its mean coefficients are measured
 
@@ -94,6 +96,8 @@ class MoEMethod(Method):
 
     record: AdaptationRecord | None = dataclasses.field(default=None, init=False, repr=False)
     """What happened during the last adaptation."""
+    builder: Builder | None = dataclasses.field(default=None, init=False, repr=False)
+    """What gives the model that is not adapted yet, if not `build`; see `BuiltOnce`."""
     _progress: Progress | None = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -195,7 +199,9 @@ class MoEMethod(Method):
         self.record = None
         pools: dict[str, CLIPVisionModelTaskPool] = {}
         with together():
-            model = self.build(modelpool, fabric.device)
+            model = (
+                self.builder(self, modelpool, fabric.device) if self.builder else self.build(modelpool, fabric.device)
+            )
             fabric.to_device(model)
             if self.checkpoint:
                 load_routers(str(self.checkpoint), model, self._belongs_to(modelpool))
