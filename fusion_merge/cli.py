@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import datetime
@@ -95,16 +95,16 @@ def _help_on(arguments: list[str]) -> list[str] | None:
 
 
 def _job(tracebacks: bool, config: DictConfig) -> dict[str, Any] | None:
-    if _is_swept(config):
+    if HydraConfig.get().mode == RunMode.MULTIRUN and _has_a_table(config.get("protocol")):
         return _job_of_a_sweep(config)
     with _messages(tracebacks):  # here, where Hydra does not yet add lines of its own
         _run(config)
     return None
 
 
-def _is_swept(config: DictConfig) -> bool:
-    """Tell whether this is one job of a sweep that makes a table."""
-    return HydraConfig.get().mode == RunMode.MULTIRUN and "sweep" in (HydraConfig.get().get("callbacks") or {})
+def _has_a_table(protocol: Any) -> bool:
+    """Tell whether a protocol is that of sweeps; its class would take long to import."""
+    return isinstance(protocol, Mapping) and str(protocol.get("_target_")).endswith(".SweepProtocol")
 
 
 def _job_of_a_sweep(config: DictConfig) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _plain(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"`seed`={plain['seed']} is not possible; choose 0-{LARGEST}")
     _check_places(plain)
     hydra_config = HydraConfig.get()
-    if hydra_config.mode != RunMode.MULTIRUN and "sweep" in (hydra_config.get("callbacks") or {}):
+    if hydra_config.mode != RunMode.MULTIRUN and _has_a_table(plain["protocol"]):
         raise ConfigError("`protocol=sweep` is for several runs: give `--multirun`, and options such as `seed=0,1`")
     if hydra_config.mode == RunMode.MULTIRUN:
         _keep_apart(plain, hydra_config.job.num)

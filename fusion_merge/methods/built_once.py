@@ -25,9 +25,7 @@ class BuiltOnce:
 
     def __init__(self) -> None:
         self._model: MergedCLIPVisionModel | None = None
-        self._routers: list[Tensor] = []
-        self._coefficients: Tensor | None = None
-        self._config: MergedCLIPVisionConfig | None = None
+        self._start: tuple[list[Tensor], Tensor, MergedCLIPVisionConfig] | None = None
 
     def __call__(
         self, method: MoEMethod, modelpool: CLIPVisionModelPool, device: torch.device
@@ -39,16 +37,17 @@ class BuiltOnce:
             modelpool: the models; always the same.
             device: where to do what is costly.
         """
-        if self._model is None:
+        if self._model is None or self._start is None:
             model = self._model = method.build(modelpool, device)
-            self._routers = [p.detach().clone() for p in router_parameters(model)]
-            self._coefficients = model.task_coefficients.clone()
-            self._config = copy.deepcopy(model.config)
+            routers = [p.detach().clone() for p in router_parameters(model)]
+            self._start = routers, model.task_coefficients.clone(), copy.deepcopy(model.config)
             return model
-        for parameter, start in zip(router_parameters(self._model), self._routers, strict=True):
+        model = self._model
+        routers, coefficients, config = self._start
+        for parameter, start in zip(router_parameters(model), routers, strict=True):
             parameter.data, parameter.grad = start.clone().to(parameter.device), None
-        self._model.task_coefficients.copy_(self._coefficients)
-        self._model.config = copy.deepcopy(self._config)
-        self._model.config.method_options = method.options()
-        set_routing(self._model, Routing.BATCH if method.batch_reduce else Routing.SAMPLE)
-        return self._model
+        model.task_coefficients.copy_(coefficients)
+        model.config = copy.deepcopy(config)
+        model.config.method_options = method.options()
+        set_routing(model, Routing.BATCH if method.batch_reduce else Routing.SAMPLE)
+        return model

@@ -206,8 +206,8 @@ def pixelate(image: Image.Image, severity: int, rng: np.random.Generator, consta
         constants: the set of constants.
     """
     share = constants.grids[severity - 1]
-    grid = tuple(max(1, int(share * min(side, constants.size))) for side in image.size)
-    return image.resize(grid, Image.Resampling.BOX).resize(image.size, Image.Resampling.BOX)
+    width, height = (max(1, int(share * min(side, constants.size))) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BOX).resize(image.size, Image.Resampling.BOX)
 
 
 def spatter(image: Image.Image, severity: int, rng: np.random.Generator, constants: Constants) -> Image.Image:

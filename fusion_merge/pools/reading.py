@@ -69,7 +69,7 @@ def same_split(first: str, second: str) -> bool:
         first: one name.
         second: the other.
     """
-    return first == second or split_called(first) is not None and split_called(first) == split_called(second)
+    return first == second or (split_called(first) is not None and split_called(first) == split_called(second))
 
 
 def zoo_task(source: str) -> tuple[Any, str]:
