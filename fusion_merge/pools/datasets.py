@@ -93,9 +93,9 @@ def make_task(name: str, spec: Any, *, split: str | None = None, purpose: Purpos
         spec: a dataset object, a path, a hub id, or a mapping with `data` and optionally `split`, `classnames`,
             `templates`, `image_column`, `label_column`, and `corruption` with `severity`, `corruption_constants` and
             `corruption_seed`, which are those of `Corruption`. A mapping with `_target_` is called; any other
-            mapping with `path` goes to `datasets.load_dataset`. `classnames` is a list or a mapping from the dataset's label names
-            to prompts. A list of the dataset's own label names, in whatever order, is matched by name; any other
-            list is in the order of the dataset's labels.
+            mapping with `path` goes to `datasets.load_dataset`. `classnames` is a list or a mapping from the
+            dataset's label names to prompts. A list of the dataset's own label names, in whatever order, is matched
+            by name; any other list is in the order of the dataset's labels.
         split: the split to take where the spec names none; what is the default without is said at `read_data`.
         purpose: what the images are for; labels may be missing for adaptation alone.
 

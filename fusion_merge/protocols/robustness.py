@@ -12,9 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
-from lightning_fabric import Fabric
-
-from fusion_merge.adaptation.runtime import log_to, make_fabric
+from fusion_merge.adaptation.runtime import Fabric, log_to, make_fabric
 from fusion_merge.errors import ConfigError, nearest
 from fusion_merge.files import write_text
 from fusion_merge.methods.built_once import BuiltOnce

@@ -123,7 +123,7 @@ def test_embedded_data_name_the_splits_there_are(pool_dir):
 
 
 def test_unknown_split_is_refused():
-    with pytest.raises(ConfigError, match="`tta_split`='tests'.*choose test or validation or train"):
+    with pytest.raises(ConfigError, match=r"`tta_split`='tests'.*choose test or validation or train"):
         WEMoEAlgorithm(tta_split="tests")
 
 
