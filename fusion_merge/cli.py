@@ -6,7 +6,8 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import datetime
@@ -61,6 +62,9 @@ _OURS = "FUSION_MERGE_MESSAGES"
 _given: list[str] = []
 """The arguments as the user gave them."""
 
+_failed: list[int] = []
+"""The jobs of a sweep with a table that failed: the others went on."""
+
 
 def main() -> None:
     """Run the command line; every error that can be foreseen is one clear message and exit code 1."""
@@ -69,7 +73,7 @@ def main() -> None:
     if not tracebacks:
         os.environ["HYDRA_FULL_ERROR"] = os.environ[_OURS] = "1"  # Hydra then raises, and the messages are ours
     with _messages(tracebacks):
-        _given[:] = sys.argv[1:]
+        _given[:], _failed[:] = sys.argv[1:], []
         sys.argv[1:] = [_open(argument) for argument in spell_out(sys.argv[1:])]
         if (overrides := _help_on(sys.argv[1:])) is not None:
             sys.stdout.write(help_text(overrides))
@@ -77,6 +81,8 @@ def main() -> None:
         hydra.main(config_path="pkg://fusion_merge.config", config_name="config", version_base="1.3")(
             partial(_job, tracebacks)
         )()
+        if _failed:
+            sys.exit(1)
 
 
 def _help_on(arguments: list[str]) -> list[str] | None:
@@ -88,9 +94,32 @@ def _help_on(arguments: list[str]) -> list[str] | None:
     return [first_choice(argument) for argument in arguments if argument not in flags]
 
 
-def _job(tracebacks: bool, config: DictConfig) -> None:
+def _job(tracebacks: bool, config: DictConfig) -> dict[str, Any] | None:
+    if HydraConfig.get().mode == RunMode.MULTIRUN and _has_a_table(config.get("protocol")):
+        return _job_of_a_sweep(config)
     with _messages(tracebacks):  # here, where Hydra does not yet add lines of its own
         _run(config)
+    return None
+
+
+def _has_a_table(protocol: Any) -> bool:
+    """Tell whether a protocol is that of sweeps; its class would take long to import."""
+    return isinstance(protocol, Mapping) and str(protocol.get("_target_")).endswith(".SweepProtocol")
+
+
+def _job_of_a_sweep(config: DictConfig) -> dict[str, Any]:
+    """Return what came of a job, for the table; one that fails does not end the others."""
+    start, error, folder = time.perf_counter(), None, None
+    try:
+        folder = _run(config)
+    except Exception as failure:  # whatever it is, the other jobs go on
+        error = explain(failure)
+        foreseen = isinstance(failure, FusionMergeError | HydraException | OmegaConfBaseException)
+        log.error("job %s failed: %s", HydraConfig.get().job.num, error, exc_info=not foreseen)
+        _failed.append(HydraConfig.get().job.num)
+    report = None if folder is None or error is not None else folder / "report.json"
+    found = str(report) if report is not None and report.is_file() else None
+    return {"error": error, "report": found, "seconds": time.perf_counter() - start}
 
 
 @contextmanager
@@ -108,12 +137,15 @@ def _messages(tracebacks: bool) -> Iterator[None]:
         sys.exit(130)
 
 
-def _run(config: DictConfig) -> None:
+def _run(config: DictConfig) -> Path:
+    """Run a command, and return the folder that it may have written to."""
     plain = _plain(config)
     if plain["print_config"]:
         log.info("%s", OmegaConf.to_yaml(OmegaConf.create(plain)))
-    if code := find_command(plain["command"]).run(plain, _output_dir(plain), _command()):
+    output_dir = _output_dir(plain)
+    if code := find_command(plain["command"]).run(plain, output_dir, _command()):
         sys.exit(code)
+    return output_dir
 
 
 def _command() -> str:
@@ -136,6 +168,8 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     for part in ("method", "modelpool", "taskpool"):
         if not isinstance(plain[part], dict):
             raise ConfigError(f"`{part}`={plain[part]!r} is not a configuration; choose one with `{part}=NAME`")
+    if plain["protocol"] is not None and not isinstance(plain["protocol"], dict):
+        raise ConfigError(f"`protocol`={plain['protocol']!r} is not a protocol; choose one with `protocol=NAME`")
     for baseline in plain["baselines"]:
         if baseline not in BASELINES:
             raise ConfigError(f"`baselines` has {baseline!r}; {nearest(str(baseline), BASELINES)}")
@@ -143,6 +177,8 @@ def _plain(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"`seed`={plain['seed']} is not possible; choose 0-{LARGEST}")
     _check_places(plain)
     hydra_config = HydraConfig.get()
+    if hydra_config.mode != RunMode.MULTIRUN and _has_a_table(plain["protocol"]):
+        raise ConfigError("`protocol=sweep` is for several runs: give `--multirun`, and options such as `seed=0,1`")
     if hydra_config.mode == RunMode.MULTIRUN:
         _keep_apart(plain, hydra_config.job.num)
     return {str(key): value for key, value in plain.items()}

@@ -51,7 +51,9 @@ def _explain_key(key: str) -> str:
         if not isinstance(node, DictConfig):
             break
         if part not in node:
-            owner = next((g for g in (*GROUPS, "fabric") if not depth and part in (node.get(g) or {})), None)
+            owner = next(
+                (g for g in (*GROUPS, "protocol", "fabric") if not depth and part in (node.get(g) or {})), None
+            )
             if owner is not None:
                 return f"`{part}` is not an option; did you mean `{owner}.{part}`?"
             return f"`{'.'.join(parts[: depth + 1])}` is not an option; {nearest(part, map(str, node))}"
@@ -61,7 +63,7 @@ def _explain_key(key: str) -> str:
 def _selected_config() -> DictConfig:
     """Return the configuration that the presets on the command line give, before other overrides."""
     GlobalHydra.instance().clear()
-    presets = [first_choice(a) for a in sys.argv[1:] if a.partition("=")[0] in GROUPS]
+    presets = [first_choice(a) for a in sys.argv[1:] if a.partition("=")[0] in (*GROUPS, "protocol")]
     with initialize_config_module("fusion_merge.config", version_base="1.3"):
         return compose("config", overrides=presets)
 

@@ -31,7 +31,7 @@ from fusion_merge.processes import in_company, together
 from fusion_merge.registry import object_from_config
 from fusion_merge.report.plots import loss_curve, routing_picture
 from fusion_merge.report.routing import routing_weights
-from fusion_merge.report.tables import accuracy_table, model_size, written_report
+from fusion_merge.report.tables import accuracy_table, average, columns_of, model_size, written_report
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,8 @@ class FusionProgram:
         self.modelpool: CLIPVisionModelPool = object_from_config(config["modelpool"], "modelpool", CLIPVisionModelPool)
         self.taskpool: TaskPool = object_from_config(config["taskpool"], "taskpool", TaskPool)
         self.seconds: dict[str, float] = {}
+        self.groups: dict[str, list[str]] = {}
+        """Tasks whose averages are reported by themselves, by what they are called."""
         if isinstance(self.taskpool, CLIPVisionModelTaskPool):
             self.modelpool.lend_pretrained(self.taskpool)
 
@@ -71,7 +73,7 @@ class FusionProgram:
         if isinstance(self.taskpool, CLIPVisionModelTaskPool):
             self.taskpool.check()
         self._check_places()
-        fabric = make_fabric(**self._fabric_options(), launch=False)
+        fabric = make_fabric(**self.fabric_options(), launch=False)
         if self.method.trains:
             check_precision(fabric)
 
@@ -106,11 +108,16 @@ class FusionProgram:
         """Run everything, and return the report that was written."""
         with self._phase("reading"):
             self.check()
-        fabric = make_fabric(**self._fabric_options(), log_dir=self.output_dir / "logs")
+        fabric = make_fabric(**self.fabric_options(), log_dir=self.output_dir / "logs")
         with in_company():
-            return self._run(fabric)
+            return self.run_on(fabric)
 
-    def _run(self, fabric: Fabric) -> Report:
+    def run_on(self, fabric: Fabric) -> Report:
+        """Run everything but the checks, and return the report that was written.
+
+        Args:
+            fabric: where to compute; its processes run, and its loggers are this run's.
+        """
         with together():
             if fabric.is_global_zero:
                 log.info("%s\n", self.plan())
@@ -124,6 +131,8 @@ class FusionProgram:
             report = self._evaluate(model, fabric)
         with self._phase("baselines"):
             report["baselines"] = self._baselines(fabric)
+        for column in (report, *report["baselines"].values()) if self.groups else ():
+            column["averages"] = {name: average(column, tasks) for name, tasks in self.groups.items()}
         report["run"] = self._describe_run()
         with together():
             self._describe_model(model, report, fabric)
@@ -132,7 +141,7 @@ class FusionProgram:
                 self.method.on_run_end()
         return report
 
-    def _fabric_options(self) -> dict[str, Any]:
+    def fabric_options(self) -> dict[str, Any]:
         """Return the options of Fabric: `method.devices`, fusion_bench's name, counts devices other than the CPU."""
         options = dict(self.config["fabric"])
         devices = getattr(self.method, "devices", 1)
@@ -223,16 +232,16 @@ class FusionProgram:
 
     def _write(self, report: Report, model: nn.Module | TaskModels, fabric: Fabric) -> None:
         tasks = [t for t in getattr(self.taskpool, "task_names", []) if t in report]
-        columns = {**{_title(n): r for n, r in report["baselines"].items()}, self.method.method_name: report}
+        columns = columns_of(report)
         pictures = self._pictures(report, model, fabric)
-        table = accuracy_table(columns, tasks, style="github") if tasks else ""
+        table = accuracy_table(columns, tasks, style="github", groups=self.groups) if tasks else ""
         text = json.dumps(report, indent=2, default=str)
         write_text(self.output_dir / "report.json", text)
         if self.config.get("report_save_path"):
             write_text(self.config["report_save_path"], text)
         write_text(self.output_dir / "report.md", written_report(report, table, pictures))
         if tasks:
-            log.info("\naccuracy in percent\n%s", accuracy_table(columns, tasks))
+            log.info("\naccuracy in percent\n%s", accuracy_table(columns, tasks, groups=self.groups))
         if "model_info" in report:
             log.info("\n%s", model_size(report["model_info"]))
         log.info("\nreport in %s", self.output_dir / "report.md")
@@ -261,10 +270,6 @@ class FusionProgram:
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
-
-
-def _title(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _versions() -> dict[str, str]:

@@ -32,6 +32,7 @@ class ProgramConfig:
     method: Any = None
     modelpool: Any = None
     taskpool: Any = None
+    protocol: Any = None
     fabric: FabricConfig = field(default_factory=FabricConfig)
     seed: int = 0
     fast_dev_run: bool = False

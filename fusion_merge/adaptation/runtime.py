@@ -68,6 +68,16 @@ def make_fabric(
     return fabric
 
 
+def log_to(fabric: Fabric, folder: Path | str) -> None:
+    """Let what follows be logged somewhere else.
+
+    Args:
+        fabric: the Fabric.
+        folder: where the logs go.
+    """
+    fabric.loggers[:] = _loggers(folder)
+
+
 def placement_of(fabric: Fabric) -> Placement:
     """Return where a Fabric puts tensors and which share of the work this process has.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -37,7 +37,7 @@ from fusion_merge.moe.layer import router_parameters
 from fusion_merge.moe.selection import Selection
 from fusion_merge.moe.upcycle import EXPERT_DTYPES, MakeRouter, stored
 from fusion_merge.options import option
-from fusion_merge.pools.adaptation_pools import adaptation_pools
+from fusion_merge.pools.adaptation_pools import TTA_SPLITS, adaptation_pools
 from fusion_merge.pools.loaders import Placement, evaluation_loader
 from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from fusion_merge.adaptation.runtime import Fabric
 
 log = logging.getLogger(__name__)
+
+Builder = Callable[["MoEMethod", CLIPVisionModelPool, torch.device], MergedCLIPVisionModel]
 
 _MEASURED = 64  # images of each task by which its mean coefficients are measured
 
@@ -79,6 +81,9 @@ class MoEMethod(Method):
     max_steps: int = option(1000, help="adaptation steps; each takes one batch of each task", minimum=0)
     batch_size: int = option(16, help="images of each task a step", minimum=1)
     use_grad_accumulate: bool = option(True, help="backward after each task: the same gradient in less memory")
+    tta_split: str = option(
+        "test", help="what is adapted on: test, what is scored; or another split of the same data", choices=TTA_SPLITS
+    )
     num_workers: int = option(16, help="the most worker processes a task; sized to the machine", minimum=0)
     devices: int | str = option(1, help="devices; on the command line the same as `fabric.devices`")
     seed: int = option(0, help="of router initialisation and image order", minimum=0)
@@ -91,6 +96,8 @@ class MoEMethod(Method):
 
     record: AdaptationRecord | None = dataclasses.field(default=None, init=False, repr=False)
     """What happened during the last adaptation."""
+    builder: Builder | None = dataclasses.field(default=None, init=False, repr=False)
+    """What gives the model that is not adapted yet, if not `build`; see `BuiltOnce`."""
     _progress: Progress | None = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -163,7 +170,7 @@ class MoEMethod(Method):
         if self.checkpoint:
             check_routers(str(self.checkpoint), self._belongs_to(modelpool))
         elif self.max_steps > 0:
-            for pool in set(adaptation_pools(modelpool, taskpool).values()):
+            for pool in set(adaptation_pools(modelpool, taskpool, self.tta_split).values()):
                 pool.check()
             if self.cache_dir is not None:
                 check_writable(self.cache_dir, "method.cache_dir", kind="folder")
@@ -192,12 +199,14 @@ class MoEMethod(Method):
         self.record = None
         pools: dict[str, CLIPVisionModelTaskPool] = {}
         with together():
-            model = self.build(modelpool, fabric.device)
+            model = (
+                self.builder(self, modelpool, fabric.device) if self.builder else self.build(modelpool, fabric.device)
+            )
             fabric.to_device(model)
             if self.checkpoint:
                 load_routers(str(self.checkpoint), model, self._belongs_to(modelpool))
         if not self.checkpoint and self.max_steps > 0:
-            pools = adaptation_pools(modelpool, taskpool)
+            pools = adaptation_pools(modelpool, taskpool, self.tta_split)
             self._adapt(model, modelpool, pools, fabric)
         with together():
             keep = str(self.save_checkpoint) if self.save_checkpoint and fabric.is_global_zero else None

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image
 
-from fusion_merge.errors import DataError, nearest
+from fusion_merge.errors import ConfigError, DataError, nearest
 from fusion_merge.pools.classnames import make_classnames
+from fusion_merge.pools.corruptions import Corruption
 from fusion_merge.pools.reading import Purpose, read_data, zoo_task
 from fusion_merge.zoo import SCHEME
 
@@ -19,6 +20,17 @@ _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "jpeg", "webp")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 UNLABELLED = -1
 """The label of an image that has none."""
+
+CORRUPTION_OPTIONS = {
+    "corruption": "name",
+    "severity": "severity",
+    "corruption_constants": "constants",
+    "corruption_seed": "seed",
+}
+"""What a task may say about the corruption of its images, and what `Corruption` calls it."""
+
+TASK_OPTIONS = ("data", "split", "classnames", "templates", "image_column", "label_column", *CORRUPTION_OPTIONS)
+"""The keys of a task's spec."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,8 @@ class ImageTask:
             are no labels.
         classnames: one name a class.
         templates: prompts with a `{}` for the class name.
+        split: the split that the data are, where it has a name.
+        corruption: what is done to each image before it is preprocessed.
     """
 
     name: str
@@ -41,6 +55,8 @@ class ImageTask:
     label_column: str | int | None
     classnames: tuple[str, ...]
     templates: tuple[str, ...]
+    split: str | None = None
+    corruption: Corruption | None = None
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -75,10 +91,11 @@ def make_task(name: str, spec: Any, *, split: str | None = None, purpose: Purpos
     Args:
         name: what the task is called.
         spec: a dataset object, a path, a hub id, or a mapping with `data` and optionally `split`, `classnames`,
-            `templates`, `image_column`, `label_column`. A mapping with `_target_` is called; any other mapping with
-            `path` goes to `datasets.load_dataset`. `classnames` is a list or a mapping from the dataset's label names
-            to prompts. A list of the dataset's own label names, in whatever order, is matched by name; any other
-            list is in the order of the dataset's labels.
+            `templates`, `image_column`, `label_column`, and `corruption` with `severity`, `corruption_constants` and
+            `corruption_seed`, which are those of `Corruption`. A mapping with `_target_` is called; any other
+            mapping with `path` goes to `datasets.load_dataset`. `classnames` is a list or a mapping from the
+            dataset's label names to prompts. A list of the dataset's own label names, in whatever order, is matched
+            by name; any other list is in the order of the dataset's labels.
         split: the split to take where the spec names none; what is the default without is said at `read_data`.
         purpose: what the images are for; labels may be missing for adaptation alone.
 
@@ -86,7 +103,8 @@ def make_task(name: str, spec: Any, *, split: str | None = None, purpose: Purpos
         DataError: if the data cannot be read, are empty, have no labels, or more labels than class names.
     """
     options = _options(name, spec)
-    data = read_data(name, options["data"], options.get("split") or split, purpose)
+    corruption = _corruption(name, options)
+    data, chosen = read_data(name, options["data"], options.get("split") or split, purpose)
     columns = _columns(name, data)
     for kind in ("image_column", "label_column"):
         column = options.get(kind)
@@ -109,7 +127,7 @@ def make_task(name: str, spec: Any, *, split: str | None = None, purpose: Purpos
     templates = _templates(name, options)
     if label is not None and _labels_are_missing(name, data, label, len(classnames), purpose):
         label = None
-    return ImageTask(name, data, image, label, classnames, templates)
+    return ImageTask(name, data, image, label, classnames, templates, chosen, corruption)
 
 
 def _options(name: str, spec: Any) -> dict[str, Any]:
@@ -120,13 +138,24 @@ def _options(name: str, spec: Any) -> dict[str, Any]:
         return {"data": spec}
     if "data" not in spec and ("_target_" in spec or "path" in spec):
         return {"data": spec}
-    known = ("data", "split", "classnames", "templates", "image_column", "label_column")
     for key in spec:
-        if key not in known:
-            raise DataError(f"`{key}` is not an option of task `{name}`; {nearest(str(key), known)}")
+        if key not in TASK_OPTIONS:
+            raise DataError(f"`{key}` is not an option of task `{name}`; {nearest(str(key), TASK_OPTIONS)}")
     if "data" not in spec:
         raise DataError(f"task `{name}` has no `data`; give a path, a hub id or a dataset")
     return dict(spec)
+
+
+def _corruption(name: str, options: Mapping[str, Any]) -> Corruption | None:
+    given = {CORRUPTION_OPTIONS[key]: options[key] for key in CORRUPTION_OPTIONS if options.get(key) is not None}
+    if not given:
+        return None
+    if "name" not in given:
+        raise DataError(f"task `{name}` has {' and '.join(given)} of a corruption, but no `corruption`; name one")
+    try:
+        return Corruption(**given)
+    except ConfigError as error:
+        raise DataError(f"task `{name}`: {error}") from error
 
 
 def _templates(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:

@@ -91,6 +91,8 @@ class TaskImages(Dataset[tuple[Tensor, int]]):
         except Exception as error:  # decoders of images raise errors of every kind
             raise DataError(f"cannot read image {index} of `{self.task.name}`: {reason(error)}") from error
         try:
+            if self.task.corruption is not None:
+                image = self.task.corruption.apply(image, self.task.name, index)
             pixels = self._preprocess(image)
         except Exception as error:  # and so do processors
             raise DataError(f"cannot use image {index} of `{self.task.name}`: {reason(error)}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
@@ -202,6 +203,16 @@ class CLIPVisionModelPool:
             self.lend_pretrained(pool)
             self._task_pools[split] = pool
         return self._task_pools[split]
+
+    def on_other_images(self, test_datasets: Mapping[str, Any]) -> CLIPVisionModelPool:
+        """Return a pool of the same models with other images to adapt on; what was read of the models is shared.
+
+        Args:
+            test_datasets: as in the constructor.
+        """
+        other = copy.copy(self)
+        other.test_datasets, other._task_pools = dict(test_datasets), {}
+        return other
 
     def lend_pretrained(self, task_pool: CLIPVisionModelTaskPool) -> None:
         """Let a task pool make its heads from `_pretrained_` where it was told of nothing else.

@@ -33,8 +33,12 @@ class Purpose(StrEnum):
     FINE_TUNING = "fine-tuning"
 
 
-def read_data(name: str, data: Any, split: str | None, purpose: Purpose) -> Any:
-    """Read the data of a task, one split of them.
+class NoSplits(DataError):
+    """A split was named of data that have none."""
+
+
+def read_data(name: str, data: Any, split: str | None, purpose: Purpose) -> tuple[Any, str | None]:
+    """Read the data of a task, one split of them; return them and the name of the split, where it has one.
 
     Args:
         name: what the task is called, for errors.
@@ -56,6 +60,16 @@ def read_data(name: str, data: Any, split: str | None, purpose: Purpose) -> Any:
             raise DataError(f"the dataset of `{name}` is empty; give one with at least one image") from error
         raise DataError(f"cannot read the dataset of `{name}` from `{data}`: {error}") from error
     return _pick_split(name, loaded, split, purpose)
+
+
+def same_split(first: str, second: str) -> bool:
+    """Tell whether two names mean the same split, as `val` and `validation` do.
+
+    Args:
+        first: one name.
+        second: the other.
+    """
+    return first == second or (split_called(first) is not None and split_called(first) == split_called(second))
 
 
 def zoo_task(source: str) -> tuple[Any, str]:
@@ -115,14 +129,15 @@ def _load_path(source: str, split: str | None, purpose: Purpose) -> Any:
     return load_dataset(hub_id, revision=revision or None)
 
 
-def _pick_split(name: str, data: Any, split: str | None, purpose: Purpose) -> Any:
+def _pick_split(name: str, data: Any, split: str | None, purpose: Purpose) -> tuple[Any, str | None]:
     if not isinstance(data, DatasetDict):
         if split is None:
-            return data
-        raise DataError(f"`split`={split!r} of `{name}`: its data have no splits; leave `split` out")
+            own = getattr(data, "split", None)  # what `load_dataset(…, split=…)` was told
+            return data, None if own is None else str(own)
+        raise NoSplits(f"`split`={split!r} of `{name}`: its data have no splits; leave `split` out")
     found = _default_split(data, purpose) if split is None else _named_split(data, split)
     if found is not None:
-        return data[found]
+        return data[found], found
     there = f"the dataset of `{name}` has the splits {', '.join(data)}"
     if split is not None:
         raise DataError(f"{there}, but `split`={split!r} is not one of them")

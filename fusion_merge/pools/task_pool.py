@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -36,9 +37,10 @@ from fusion_merge.pools.pool_options import clip_source, loader_options, made_fr
 from fusion_merge.pools.reading import Purpose
 from fusion_merge.pools.references import Reference
 from fusion_merge.pools.scoring import Counts, count
+from fusion_merge.pools.specs import with_split
 from fusion_merge.processes import together
 
-RESERVED = ("average", "baselines", "model_info", "run")
+RESERVED = ("average", "averages", "baselines", "model_info", "run")
 """Names that a report uses for itself: no task may have them."""
 
 Report = dict[str, Any]
@@ -124,11 +126,40 @@ class CLIPVisionModelTaskPool(TaskPool):
         self._tasks: dict[str, ImageTask] = {}
         self._images: dict[str, TaskImages] = {}
         self._heads: dict[str, ZeroShotHead] = {}
+        self._origin: CLIPVisionModelTaskPool | None = None
+        self._splits: dict[tuple[str, ...], CLIPVisionModelTaskPool] = {}
 
     @property
     def task_names(self) -> list[str]:
         """The tasks, in order."""
         return list(self.specs)
+
+    def on_other_images(self, specs: Mapping[str, Any], purpose: Purpose | None = None) -> CLIPVisionModelTaskPool:
+        """Return a pool of the same tasks on other images: CLIP model, processor and heads are shared.
+
+        Args:
+            specs: the images of some of the tasks, or all, as the constructor takes them; class names and templates
+                must be the same.
+            purpose: what those images are for; by default the same.
+        """
+        other = copy.copy(self)
+        other._origin, other._splits = self, {}
+        other.specs, other._tasks, other._images = dict(specs), {}, {}
+        other.purpose = self.purpose if purpose is None else purpose
+        return other
+
+    def on_split(self, split: str, names: Sequence[str]) -> CLIPVisionModelTaskPool:
+        """Return a pool of some of the tasks on another split of the same data, to adapt on; it is made once.
+
+        Args:
+            split: the split.
+            names: the tasks.
+        """
+        key = (split, *names)
+        if key not in self._splits:
+            specs = {name: with_split(self.specs[name], split) for name in names}
+            self._splits[key] = self.on_other_images(specs, Purpose.ADAPTATION)
+        return self._splits[key]
 
     def use_pretrained(self, clip_model: Any, processor: Any = None) -> None:
         """Take head and processor from here where the pool was not told of any.
@@ -209,11 +240,15 @@ class CLIPVisionModelTaskPool(TaskPool):
 
     @cached_property
     def _clip_fingerprint(self) -> list[Any]:
+        if self._origin is not None:
+            return self._origin._clip_fingerprint
         return [fingerprint(self.clip_model.state_dict()), plain_config(self.clip_model.config)]
 
     @cached_property
     def clip_model(self) -> CLIPModel:
         """The CLIP model that makes the heads."""
+        if self._origin is not None:
+            return self._origin.clip_model
         source = self._clip_source
         self._check_clip()
         if isinstance(source, Reference):
@@ -227,6 +262,8 @@ class CLIPVisionModelTaskPool(TaskPool):
     @cached_property
     def processor(self) -> Processor:
         """The processor of images and prompts."""
+        if self._origin is not None:
+            return self._origin.processor
         source = self._processor_source if self._processor_source is not None else self._clip_source
         if isinstance(source, Reference):
             path, options = source.arguments()

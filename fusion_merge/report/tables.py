@@ -11,28 +11,54 @@ Column = Mapping[str, Any]
 """An evaluation report: for each task, and for `average`, its `accuracy`."""
 
 
-def accuracy_table(columns: Mapping[str, Column], tasks: Sequence[str], *, style: str = "simple") -> str:
+def columns_of(report: Mapping[str, Any]) -> dict[str, Column]:
+    """Return what a report has scores of, by title: the baselines, and the method last.
+
+    Args:
+        report: a whole report, with its `run` and `baselines` parts.
+    """
+    return {**{n.replace("_", " "): r for n, r in report["baselines"].items()}, report["run"]["method"]: report}
+
+
+def accuracy_table(
+    columns: Mapping[str, Column],
+    tasks: Sequence[str],
+    *,
+    style: str = "simple",
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> str:
     """Return a table of tasks × models with accuracies in percent, the average last.
 
     Args:
         columns: for each model, its evaluation report; a task that it lacks is left blank.
         tasks: the rows.
         style: a format of tabulate, such as `simple` or `github`.
+        groups: tasks whose average has a row of its own, by what they are called.
     """
-    rows = [[task, *(_percent(column.get(task)) for column in columns.values())] for task in tasks]
-    averages = [_percent(_average(column, tasks)) for column in columns.values()]
-    body = [*rows, ["average", *averages]]
-    return tabulate(body, headers=["task", *columns], tablefmt=style, stralign="right", disable_numparse=True)
+    rows = [[task, *(percent(column.get(task)) for column in columns.values())] for task in tasks]
+    means = {f"{name} average": group for name, group in (groups or {}).items()} | {"average": tasks}
+    rows += [[name, *(percent(average(c, group)) for c in columns.values())] for name, group in means.items()]
+    return tabulate(rows, headers=["task", *columns], tablefmt=style, stralign="right", disable_numparse=True)
 
 
-def _average(column: Column, tasks: Sequence[str]) -> Mapping[str, float] | None:
-    """Return the mean over the given tasks, if the column has all of them: means of other tasks do not compare."""
+def average(column: Column, tasks: Sequence[str]) -> dict[str, float] | None:
+    """Return the mean scores over some tasks, if the column has all of them: means of other tasks do not compare.
+
+    Args:
+        column: an evaluation report.
+        tasks: the tasks, at least one.
+    """
     if any(task not in column for task in tasks):
         return None
-    return {"accuracy": sum(column[task]["accuracy"] for task in tasks) / len(tasks)}
+    return {key: sum(column[task][key] for task in tasks) / len(tasks) for key in ("accuracy", "loss")}
 
 
-def _percent(score: Mapping[str, float] | None) -> str:
+def percent(score: Mapping[str, float] | None) -> str:
+    """Return an accuracy in percent, or nothing where there is none.
+
+    Args:
+        score: scores, `accuracy` among them.
+    """
     return "" if score is None else f"{100 * score['accuracy']:.1f}"
 
 
@@ -67,8 +93,10 @@ def written_report(report: Mapping[str, Any], table: str, pictures: Sequence[str
         end = ", ended early by an interrupt" if adaptation["interrupted"] else ""
         begun = adaptation.get("resumed_at")
         resumed = f", going on from step {begun} of an earlier run" if begun else ""
+        split = run.get("options", {}).get("tta_split", "test")
+        images = "" if split == "test" else f" on the split `{split}`, which is not what is scored"
         lines += [
-            f"Routers adapted for {adaptation['steps']} steps in {adaptation['seconds']:.1f} s{resumed}{end}.",
+            f"Routers adapted for {adaptation['steps']} steps in {adaptation['seconds']:.1f} s{images}{resumed}{end}.",
             "",
         ]
         for task, step in adaptation["collapsed"].items():

@@ -24,6 +24,7 @@ LAYERS = (
     "methods",
     "report",
     "program",
+    "protocols",
     ("commands", "explanations", "help"),
     ("cli", "plugins"),
     "__main__",

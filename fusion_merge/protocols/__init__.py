@@ -1,0 +1,1 @@
+"""Ways to run and score more than once: one file a protocol."""
