@@ -4,42 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+from documents import blocks, commands
 from runs import run_cli
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-
-
-def commands(program: str) -> list[str]:
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.startswith(program)]
-
-
-@pytest.fixture(scope="module")
-def home(pool_dir, tmp_path_factory) -> Path:
-    """A folder with the models and images that the README speaks of, under the names that it gives them."""
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "models").mkdir()
-    for model in ("pretrained", "cats", "dogs"):
-        (folder / "models" / model).symlink_to(pool_dir / model)
-    (folder / "images").symlink_to(pool_dir / "images")
-    return folder
-
-
 QUICK = ["fast_dev_run=true", "baselines=[]"]
 
 
-@pytest.mark.parametrize("command", commands("fusion_merge"))
+@pytest.mark.parametrize("command", commands(README, "fusion_merge"))
 def test_command_of_the_readme_runs(command, home):
     arguments = shlex.split(command)[1:]
     asks_only = any(a in ("--help", "--cfg") for a in arguments)
@@ -49,7 +29,7 @@ def test_command_of_the_readme_runs(command, home):
 
 
 def test_python_of_the_readme_runs_from_the_first_line_to_the_last(home):
-    code = "\n".join(blocks("python")).replace("max_steps=200", "max_steps=2")
+    code = "\n".join(blocks(README, "python")).replace("max_steps=200", "max_steps=2")
     names = {}
     with contextlib.chdir(home):
         exec(compile(code, "README.md", "exec"), names)
@@ -58,7 +38,7 @@ def test_python_of_the_readme_runs_from_the_first_line_to_the_last(home):
     assert names["probabilities"].sum().item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("command", commands("make"))
+@pytest.mark.parametrize("command", commands(README, "make"))
 def test_make_target_of_the_readme_exists_and_installs_the_tested_versions(command, tmp_path):
     dry = [*command.split(), "-n", "--no-print-directory", f"VENV={tmp_path / 'venv'}"]
     outside = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
