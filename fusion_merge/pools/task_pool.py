@@ -38,7 +38,7 @@ from fusion_merge.pools.references import Reference
 from fusion_merge.pools.scoring import Counts, count
 from fusion_merge.processes import together
 
-RESERVED = ("average", "baselines", "model_info", "run")
+RESERVED = ("average", "baselines", "evaluation", "model_info", "routings", "run")
 """Names that a report uses for itself: no task may have them."""
 
 Report = dict[str, Any]
