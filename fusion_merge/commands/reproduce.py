@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusion_merge.composition import chosen_preset, composed, preset_files
 from fusion_merge.errors import ConfigError
 from fusion_merge.files import write_text
-from fusion_merge.presets import chosen_preset, composed, preset_files
 from fusion_merge.report.departures import Departures, departures
 from fusion_merge.report.published import (
     Figure,
@@ -41,7 +41,7 @@ def run(config: Mapping[str, Any], output_dir: Path, typed: str) -> int:
     _check_scored(row, config)
     recipe = composed(f"{GROUP}={name}")
     found = departures(recipe, config)
-    tasks = [*(recipe["taskpool"].get("tasks") or {}), *(recipe["taskpool"].get("test_datasets") or {})]
+    tasks = _tasks(recipe)
 
     from fusion_merge.program import FusionProgram  # only now: it takes seconds, and the list needs none of it
 
@@ -61,6 +61,14 @@ def run(config: Mapping[str, Any], output_dir: Path, typed: str) -> int:
     lines = [*_about(row, found), verdict(row, figures), f"comparison in {output_dir / 'reproduction.md'}"]
     log.info("\n%s\n\n%s", comparison_table(figures), "\n".join(lines))
     return WITHIN if agrees(figures) else NOT_WITHIN
+
+
+def _tasks(recipe: Mapping[str, Any]) -> list[str]:
+    """Return the tasks that the recipe scores; a task pool without any scores those of the model pool."""
+    pool = recipe["taskpool"]
+    return [*(pool.get("tasks") or {}), *(pool.get("test_datasets") or {})] or [
+        *(recipe["modelpool"].get("test_datasets") or {})
+    ]
 
 
 def _check_scored(row: PublishedRow, config: Mapping[str, Any]) -> None:

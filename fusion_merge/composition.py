@@ -1,4 +1,4 @@
-"""Presets along Hydra's search path: what their files say, and what they compose to. Only inside a running command."""
+"""What presets say and compose to, along Hydra's search path. Only inside a running command."""
 
 from __future__ import annotations
 
