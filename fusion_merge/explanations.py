@@ -63,7 +63,7 @@ def _explain_key(key: str) -> str:
 def _selected_config() -> DictConfig:
     """Return the configuration that the presets on the command line give, before other overrides."""
     GlobalHydra.instance().clear()
-    presets = [first_choice(a) for a in sys.argv[1:] if a.partition("=")[0] in (*GROUPS, "protocol")]
+    presets = [first_choice(a) for a in sys.argv[1:] if a.partition("=")[0] in (*GROUPS, "protocol", "reproduction")]
     with initialize_config_module("fusion_merge.config", version_base="1.3"):
         return compose("config", overrides=presets)
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,24 +16,28 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from fusion_merge.adaptation.runtime import check_precision, make_fabric, placement_of
-from fusion_merge.errors import ConfigError
+from fusion_merge.errors import ConfigError, nearest
 from fusion_merge.files import check_writable, write_text
 from fusion_merge.methods.base import Method
 from fusion_merge.methods.task_arithmetic import TaskArithmeticAlgorithm
 from fusion_merge.models.clip import save_tower
 from fusion_merge.models.merged import MergedCLIPVisionModel
 from fusion_merge.models.task_models import TaskModels
+from fusion_merge.moe import Routing, set_routing
 from fusion_merge.pools.model_pool import CLIPVisionModelPool
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool, TaskPool
 from fusion_merge.processes import in_company, together
 from fusion_merge.registry import object_from_config
 from fusion_merge.report.plots import loss_curve, routing_picture
+from fusion_merge.report.provenance import provenance, routing_of, scoring_of, versions
 from fusion_merge.report.routing import routing_weights
 from fusion_merge.report.tables import accuracy_table, average, columns_of, model_size, written_report
 
 log = logging.getLogger(__name__)
 
 Report = dict[str, Any]
+
+_WRITTEN = ("report.json", "report.md", "reproduction.json", "reproduction.md", "routing.png", "loss.png")
 
 
 class FusionProgram:
@@ -60,6 +62,8 @@ class FusionProgram:
         self.seconds: dict[str, float] = {}
         self.groups: dict[str, list[str]] = {}
         """Tasks whose averages are reported by themselves, by what they are called."""
+        self.is_global_zero = True
+        """Whether this process is the one, of several, that writes and speaks."""
         if isinstance(self.taskpool, CLIPVisionModelTaskPool):
             self.modelpool.lend_pretrained(self.taskpool)
 
@@ -72,10 +76,23 @@ class FusionProgram:
         self.method.check(self.modelpool, self._tasks_for_method())
         if isinstance(self.taskpool, CLIPVisionModelTaskPool):
             self.taskpool.check()
+        self._check_routings()
         self._check_places()
         fabric = make_fabric(**self.fabric_options(), launch=False)
         if self.method.trains:
             check_precision(fabric)
+
+    def _check_routings(self) -> None:
+        wanted, known = self.config.get("evaluate_routings") or [], [routing.value for routing in Routing]
+        for name in wanted:
+            if name not in known:
+                raise ConfigError(f"`evaluate_routings` has {name!r}, which is not a routing; {nearest(name, known)}")
+        if wanted and not self.method.routed:
+            raise ConfigError(
+                f"`evaluate_routings`={wanted}: `{self.method.method_name}` makes no routed model; leave it out"
+            )
+        if wanted and not isinstance(self.taskpool, CLIPVisionModelTaskPool):
+            raise ConfigError(f"`evaluate_routings`={wanted}: this task pool scores nothing; leave it out")
 
     def _check_places(self) -> None:
         check_writable(self.output_dir, "output_dir", kind="folder")
@@ -109,6 +126,7 @@ class FusionProgram:
         with self._phase("reading"):
             self.check()
         fabric = make_fabric(**self.fabric_options(), log_dir=self.output_dir / "logs")
+        self.is_global_zero = fabric.is_global_zero
         with in_company():
             return self.run_on(fabric)
 
@@ -129,11 +147,13 @@ class FusionProgram:
             self._save(model, fabric)
         with self._phase("evaluation"):
             report = self._evaluate(model, fabric)
+            if routings := self._evaluate_routings(model, fabric):
+                report["routings"] = routings
         with self._phase("baselines"):
             report["baselines"] = self._baselines(fabric)
         for column in (report, *report["baselines"].values()) if self.groups else ():
             column["averages"] = {name: average(column, tasks) for name, tasks in self.groups.items()}
-        report["run"] = self._describe_run()
+        report["run"] = self._describe_run(model, fabric)
         with together():
             self._describe_model(model, report, fabric)
             if fabric.is_global_zero:
@@ -158,7 +178,7 @@ class FusionProgram:
 
     def _clear(self) -> None:
         """Remove what an earlier run left in the same folder, so that nothing old stands beside the new report."""
-        for name in ("report.json", "report.md", "routing.png", "loss.png", "logs/metrics.csv"):
+        for name in (*_WRITTEN, "logs/metrics.csv"):
             (self.output_dir / name).unlink(missing_ok=True)
 
     def _tasks_for_method(self) -> CLIPVisionModelTaskPool | None:
@@ -188,6 +208,26 @@ class FusionProgram:
         label = f"scoring {self.method.method_name}"
         return self.taskpool.evaluate(model, placement=placement_of(fabric), tasks=tasks, label=label)
 
+    def _evaluate_routings(self, model: nn.Module | TaskModels, fabric: Fabric) -> dict[str, Report]:
+        """Score a routed model under the further routings that were asked for, and leave it with its own."""
+        own = routing_of(model)
+        wanted = [name for name in dict.fromkeys(self.config.get("evaluate_routings") or []) if name != own]
+        if not wanted:
+            return {}
+        if own is None or not isinstance(model, MergedCLIPVisionModel):
+            raise ConfigError(f"`evaluate_routings`: `{self.method.method_name}` made no model of one routing")
+        scores: dict[str, Report] = {}
+        placement = placement_of(fabric)
+        try:
+            for name in wanted:
+                set_routing(model, name)
+                scores[name] = self.taskpool.evaluate(model, placement=placement, label=f"scoring with {name} routing")
+                scores[name].pop("model_info")
+                scores[name]["evaluation"] = scoring_of(model, self.taskpool, fabric.world_size)
+        finally:
+            set_routing(model, own)
+        return scores
+
     def _baselines(self, fabric: Fabric) -> dict[str, Report]:
         if not isinstance(self.taskpool, CLIPVisionModelTaskPool):
             return {}
@@ -210,7 +250,7 @@ class FusionProgram:
             scores[name] = self.taskpool.evaluate(model, placement=placement, tasks=tasks, label=f"scoring {name}")
         return scores
 
-    def _describe_run(self) -> Report:
+    def _describe_run(self, model: nn.Module | TaskModels, fabric: Fabric) -> Report:
         record = getattr(self.method, "record", None)
         adaptation = record and {
             "steps": record.steps,
@@ -227,7 +267,9 @@ class FusionProgram:
             "command": self.command,
             "adaptation": adaptation,
             "seconds": self.seconds,
-            "versions": _versions(),
+            "versions": versions(),
+            "evaluation": scoring_of(model, self.taskpool, fabric.world_size),
+            "provenance": provenance(self.modelpool, self.taskpool, getattr(self.method, "adapted_on", {})),
         }
 
     def _write(self, report: Report, model: nn.Module | TaskModels, fabric: Fabric) -> None:
@@ -270,14 +312,3 @@ class FusionProgram:
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
-
-
-def _versions() -> dict[str, str]:
-    names = ("fusion_merge", "torch", "transformers", "lightning-fabric", "datasets")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found

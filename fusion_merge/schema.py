@@ -33,12 +33,14 @@ class ProgramConfig:
     modelpool: Any = None
     taskpool: Any = None
     protocol: Any = None
+    reproduction: Any = None
     fabric: FabricConfig = field(default_factory=FabricConfig)
     seed: int = 0
     fast_dev_run: bool = False
     dry_run: bool = False
     print_config: bool = False
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
+    evaluate_routings: list[str] | None = None
     output_dir: str | None = None
     report_save_path: str | None = None
     merged_model_save_path: str | None = None

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from fusion_merge.errors import ConfigError, nearest
 
-COMMANDS = ("run",)
+COMMANDS = ("run", "reproduce")
 """The words that may come first on the command line; without one, `run`."""
 
 
@@ -51,6 +51,8 @@ def find_command(name: str) -> Command:
 def spell_out(arguments: list[str]) -> list[str]:
     """Return the command line as options alone: `plan method=wemoe` is `command=plan method=wemoe`.
 
+    `reproduce NAME` is `command=reproduce reproduction=NAME`.
+
     Args:
         arguments: what was typed.
 
@@ -62,4 +64,6 @@ def spell_out(arguments: list[str]) -> list[str]:
     word, *rest = arguments
     if word not in COMMANDS:
         raise ConfigError(f"`{word}` is not a command; {nearest(word, COMMANDS)}, or write KEY=VALUE")
+    if word == "reproduce" and rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")):
+        rest[0] = f"reproduction={rest[0]}"
     return [f"command={word}", *rest]

@@ -31,6 +31,7 @@ class Method(ABC):
     min_models: ClassVar[int] = 2
     makes_one_model: ClassVar[bool] = True
     trains: ClassVar[bool] = False
+    routed: ClassVar[bool] = False
 
     name: str | None = option(None, help="a name of this method; accepted as fusion_bench's configs give one")
 

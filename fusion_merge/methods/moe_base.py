@@ -40,6 +40,7 @@ from fusion_merge.options import option
 from fusion_merge.pools.adaptation_pools import TTA_SPLITS, adaptation_pools
 from fusion_merge.pools.loaders import Placement, evaluation_loader
 from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
+from fusion_merge.pools.revisions import data_origin
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 from fusion_merge.processes import together
 from fusion_merge.task_vectors import StaticMerge, scaled
@@ -65,6 +66,7 @@ class MoEMethod(Method):
     """
 
     trains: ClassVar[bool] = True
+    routed: ClassVar[bool] = True
 
     router_hidden_layers: int = option(2, help="linear layers of a router", choices=(0, 1, 2), shapes_model=True)
     init_lambda: float = option(
@@ -98,6 +100,8 @@ class MoEMethod(Method):
     """What happened during the last adaptation."""
     builder: Builder | None = dataclasses.field(default=None, init=False, repr=False)
     """What gives the model that is not adapted yet, if not `build`; see `BuiltOnce`."""
+    adapted_on: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    """Where the images of the last adaptation came from, by task."""
     _progress: Progress | None = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -196,7 +200,7 @@ class MoEMethod(Method):
         self.check(modelpool, taskpool)
         fabric = fabric if fabric is not None else make_fabric(devices=self.devices)
         check_precision(fabric)
-        self.record = None
+        self.record, self.adapted_on = None, {}
         pools: dict[str, CLIPVisionModelTaskPool] = {}
         with together():
             model = (
@@ -207,6 +211,7 @@ class MoEMethod(Method):
                 load_routers(str(self.checkpoint), model, self._belongs_to(modelpool))
         if not self.checkpoint and self.max_steps > 0:
             pools = adaptation_pools(modelpool, taskpool, self.tta_split)
+            self.adapted_on = {name: data_origin(pool, name) for name, pool in pools.items()}
             self._adapt(model, modelpool, pools, fabric)
         with together():
             keep = str(self.save_checkpoint) if self.save_checkpoint and fabric.is_global_zero else None

@@ -22,6 +22,7 @@ from fusion_merge.models.clip import (
     module_state,
     vision_config,
 )
+from fusion_merge.models.revisions import hub_commit
 from fusion_merge.models.sources import LazyState, fingerprint
 from fusion_merge.models.task_models import TaskModels
 from fusion_merge.pools.reading import Purpose
@@ -89,6 +90,7 @@ class CLIPVisionModelPool:
         self.fast_dev_run = fast_dev_run
         self._states: dict[str, tuple[CLIPVisionConfig, State]] = {}
         self._fingerprints: dict[str, str] = {}
+        self._commits: dict[str, str | None] = {}
         self._task_pools: dict[str, CLIPVisionModelTaskPool] = {}
 
     @property
@@ -116,6 +118,15 @@ class CLIPVisionModelPool:
         if reference := self._reference(name):
             return str(reference)
         return str(source.get("_target_")) if isinstance(source, Mapping) else f"a {type(source).__name__}"
+
+    def revision(self, name: str) -> str | None:
+        """Return the commit of a model from the hub as it was read, or None for one from elsewhere.
+
+        Args:
+            name: one of `all_model_names`.
+        """
+        self._open(name)
+        return self._commits.get(name)
 
     def config(self, name: str = PRETRAINED) -> CLIPVisionConfig:
         """Return a model's vision configuration.
@@ -248,6 +259,7 @@ class CLIPVisionModelPool:
                 files = reference.files()
             except ModelError as error:
                 raise ModelError(f"model `{name}`: {error}") from error
+            self._commits[name] = hub_commit(files.weights)
             config = vision_config(files.config, where=self._call(name))
             state = LazyState(files.weights, canonical_names)
             if not state:

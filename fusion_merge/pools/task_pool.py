@@ -40,7 +40,7 @@ from fusion_merge.pools.scoring import Counts, count
 from fusion_merge.pools.specs import with_split
 from fusion_merge.processes import together
 
-RESERVED = ("average", "averages", "baselines", "model_info", "run")
+RESERVED = ("average", "averages", "baselines", "evaluation", "model_info", "routings", "run")
 """Names that a report uses for itself: no task may have them."""
 
 Report = dict[str, Any]

@@ -12,12 +12,14 @@ Column = Mapping[str, Any]
 
 
 def columns_of(report: Mapping[str, Any]) -> dict[str, Column]:
-    """Return what a report has scores of, by title: the baselines, and the method last.
+    """Return what a report has scores of, by title: the baselines, the method, and the method under other routings.
 
     Args:
         report: a whole report, with its `run` and `baselines` parts.
     """
-    return {**{n.replace("_", " "): r for n, r in report["baselines"].items()}, report["run"]["method"]: report}
+    method = report["run"]["method"]
+    columns = {**{n.replace("_", " "): r for n, r in report["baselines"].items()}, method: report}
+    return columns | {f"{method} ({n} routing)": r for n, r in report.get("routings", {}).items()}
 
 
 def accuracy_table(

@@ -13,7 +13,7 @@ FILES = {str(file.relative_to(ROOT)): file for file in sorted(ROOT.rglob("*.py")
 
 LAYERS = (
     "errors",
-    ("files", "options", "schema", "registry", "zoo"),
+    ("files", "options", "schema", "composition", "registry", "zoo"),
     ("sealed", "processes"),
     "commits",
     "task_vectors",
@@ -108,7 +108,7 @@ def test_mathematics_knows_of_torch_alone():
 
 
 def test_hydra_s_configs_are_known_at_the_edge_alone():
-    assert imports_of("omegaconf", beside={"cli", "explanations", "help", "schema", "plugins"}) == []
+    assert imports_of("omegaconf", beside={"cli", "explanations", "composition", "help", "schema", "plugins"}) == []
 
 
 def test_library_code_does_not_print():
