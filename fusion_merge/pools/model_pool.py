@@ -21,7 +21,8 @@ from fusion_merge.models.clip import (
     module_state,
     vision_config,
 )
-from fusion_merge.models.sources import LazyState, fingerprint
+from fusion_merge.models.lora import LoraState
+from fusion_merge.models.sources import LazyState, ModelFiles, fingerprint
 from fusion_merge.models.task_models import TaskModels
 from fusion_merge.pools.reading import Purpose
 from fusion_merge.pools.references import Reference, check_table, reference_of
@@ -33,7 +34,10 @@ PRETRAINED = "_pretrained_"
 PLATFORMS = ("hf", "huggingface")
 
 ModelSource = str | Path | nn.Module | Mapping[str, Any]
-"""A folder, a file, a hub id (`owner/name@revision`), `zoo://…`, a module, or a config with `_target_` or `path`."""
+"""A folder, a file, a hub id (`owner/name@revision`), `zoo://…`, a module, or a config with `_target_` or `path`.
+
+Files may be those of a model or of a PEFT LoRA adapter, which is added to `_pretrained_`.
+"""
 
 
 _EXAMPLE = f"{{{PRETRAINED}: PATH_OR_HUB_ID, TASK: PATH_OR_HUB_ID, …}}"
@@ -237,6 +241,8 @@ class CLIPVisionModelPool:
                 files = reference.files()
             except ModelError as error:
                 raise ModelError(f"model `{name}`: {error}") from error
+            if files.is_adapter:
+                return self._add(name, files, reference.base)
             config = vision_config(files.config, where=self._call(name))
             state = LazyState(files.weights, canonical_names)
             if not state:
@@ -258,6 +264,19 @@ class CLIPVisionModelPool:
             if not torch.isfinite(tensor).all():
                 raise ModelError(f"{self._call(name)} holds NaN or infinite values in `{tensor_name}`")
         return module_config(module), tensors
+
+    def _add(self, name: str, files: ModelFiles, base: str | None) -> tuple[CLIPVisionConfig, State]:
+        """Return the pretrained model with an adapter."""
+        if name == PRETRAINED:
+            raise ModelError(f"{self._call(name)} is an adapter; give the model that it was made for as `{name}`")
+        pretrained = self._reference(PRETRAINED)
+        if base is not None and pretrained is not None and base != pretrained.source:
+            raise ModelError(
+                f"{self._call(name)} is to be added to `{base}`, but `{PRETRAINED}` is `{pretrained}`; "
+                "leave out `base_model_name`, or give one model in both places"
+            )
+        config, state = self._open(PRETRAINED)
+        return config, LoraState(state, files, where=self._call(name), base=self.base_model)
 
     def _instantiate(self, name: str, source: Mapping[str, Any]) -> Any:
         try:

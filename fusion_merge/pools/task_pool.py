@@ -173,7 +173,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         """Refuse a processor that makes images of another size than the CLIP model takes."""
         source = self._clip_source
         if isinstance(source, Reference):
-            config = vision_config(source.files().config, where=f"`{source}`")
+            config = vision_config(source.config(), where=f"`{source}`")
         elif isinstance(source, CLIPModel):
             config = module_config(source)
         else:
@@ -248,7 +248,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         """Refuse a pool that cannot make heads, as far as it can be told from headers."""
         source = self._clip_source
         if isinstance(source, Reference):
-            check_whole_clip(source.files().config, where=f"`{source}`")
+            check_whole_clip(source.config(), where=f"`{source}`")
             path = Path(source.source).expanduser()
             if path.is_file() and path.name != "model.safetensors":
                 raise ModelError(f"`{source}` is one file; give the folder of a whole CLIP model as `clip_model`")
