@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,27 @@ def find_files(source: str, *, subfolder: str = "", **hub_options: Any) -> Model
         return ModelFiles(source, _adapter_config(source, fetch), _adapter_weights(source, fetch), is_adapter=True)
     if model is None and not is_folder:
         raise ModelError(f"`{source}` is not a folder here and cannot be had from the hub (offline, or not there)")
-    return ModelFiles(source, _model_config(source, fetch), _weight_files(source, fetch))
+    weights = _weight_files(source, fetch, "" if is_folder else " that can be had (offline, or not there)")
+    return ModelFiles(source, _model_config(source, fetch), weights)
+
+
+def find_others(source: str, names: Sequence[str], *, subfolder: str = "", **hub_options: Any) -> list[Path]:
+    """Return those of some files that are here, in a model's folder or in the hub's cache; nothing is downloaded.
+
+    Args:
+        source: as in `split_source`.
+        names: the names of the files.
+        subfolder: where in the folder or repository they are.
+        **hub_options: others of `HUB_OPTIONS`, for the hub.
+    """
+    path, revision = split_source(source)
+    place = Path(path)
+    if place.exists():
+        fetch = _local_fetch(place.parent if place.is_file() else place / subfolder)
+    else:
+        options = {"revision": revision, "subfolder": subfolder} | hub_options
+        fetch = _hub_fetch(path, options | {"local_files_only": True, "force_download": False})
+    return [file for name in names if (file := fetch(name)) is not None]
 
 
 Fetch = Callable[[str], Path | None]
@@ -213,7 +233,7 @@ def _hub_fetch(hub_id: str, options: Mapping[str, Any]) -> Fetch:
     return fetch
 
 
-def _weight_files(source: str, fetch: Fetch) -> tuple[Path, ...]:
+def _weight_files(source: str, fetch: Fetch, which: str) -> tuple[Path, ...]:
     for name in _WEIGHT_FILES:
         file = fetch(name)
         if file is None:
@@ -228,4 +248,4 @@ def _weight_files(source: str, fetch: Fetch) -> tuple[Path, ...]:
         if None in files:
             raise ModelError(f"`{source}` lacks `{shards[files.index(None)]}`, which `{name}` names")
         return tuple(f for f in files if f is not None)
-    raise ModelError(f"`{source}` has no weights; looked for {', '.join(_WEIGHT_FILES)}")
+    raise ModelError(f"`{source}` has no weights{which}; looked for {', '.join(_WEIGHT_FILES)}")

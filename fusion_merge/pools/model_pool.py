@@ -116,9 +116,17 @@ class CLIPVisionModelPool:
             name: one of `all_model_names`.
         """
         source = self._source(name)
-        if reference := self._reference(name):
+        if reference := self.reference(name):
             return str(reference)
         return str(source.get("_target_")) if isinstance(source, Mapping) else f"a {type(source).__name__}"
+
+    def reference(self, name: str) -> Reference | None:
+        """Return what a model's source refers to, or None where it is a module, or a config that makes one.
+
+        Args:
+            name: one of `all_model_names`.
+        """
+        return reference_of(self._source(name), f"model `{name}`")
 
     def config(self, name: str = PRETRAINED) -> CLIPVisionConfig:
         """Return a model's vision configuration.
@@ -215,16 +223,13 @@ class CLIPVisionModelPool:
         """
         source = self._source(PRETRAINED)
         task_pool.use_pretrained(
-            source if isinstance(source, CLIPModel) else self._reference(PRETRAINED), self.processor
+            source if isinstance(source, CLIPModel) else self.reference(PRETRAINED), self.processor
         )
 
     def _source(self, name: str) -> ModelSource:
         if name not in self._sources:
             raise ModelError(f"model `{name}` is not in the pool; {nearest(name, self._sources)}")
         return self._sources[name]
-
-    def _reference(self, name: str) -> Reference | None:
-        return reference_of(self._source(name), f"model `{name}`")
 
     def _call(self, name: str) -> str:
         return f"model `{name}` ({self.describe(name)})"
@@ -235,7 +240,7 @@ class CLIPVisionModelPool:
         return self._states[name]
 
     def _read(self, name: str, source: ModelSource) -> tuple[CLIPVisionConfig, State]:
-        reference = self._reference(name)
+        reference = self.reference(name)
         if reference is not None:
             try:
                 files = reference.files()
@@ -269,7 +274,7 @@ class CLIPVisionModelPool:
         """Return the pretrained model with an adapter."""
         if name == PRETRAINED:
             raise ModelError(f"{self._call(name)} is an adapter; give the model that it was made for as `{name}`")
-        pretrained = self._reference(PRETRAINED)
+        pretrained = self.reference(PRETRAINED)
         if base is not None and pretrained is not None and base != pretrained.source:
             raise ModelError(
                 f"{self._call(name)} is to be added to `{base}`, but `{PRETRAINED}` is `{pretrained}`; "

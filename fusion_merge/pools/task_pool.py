@@ -130,6 +130,16 @@ class CLIPVisionModelTaskPool(TaskPool):
         """The tasks, in order."""
         return list(self.specs)
 
+    @property
+    def clip_source(self) -> Any:
+        """Where the CLIP model that makes the heads comes from: a reference, an object, a config, or None."""
+        return self._clip_source
+
+    @property
+    def processor_source(self) -> Any:
+        """Where the processor comes from: a reference, an object or a config; by default where the CLIP model does."""
+        return self._processor_source if self._processor_source is not None else self._clip_source
+
     def use_pretrained(self, clip_model: Any, processor: Any = None) -> None:
         """Take head and processor from here where the pool was not told of any.
 
@@ -227,7 +237,7 @@ class CLIPVisionModelTaskPool(TaskPool):
     @cached_property
     def processor(self) -> Processor:
         """The processor of images and prompts."""
-        source = self._processor_source if self._processor_source is not None else self._clip_source
+        source = self.processor_source
         if isinstance(source, Reference):
             path, options = source.arguments()
             return load_processor(path, where=f"`{source}`", **options)
