@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 JOBS ?= 2
 TRANSFORMERS4 := .venv-transformers4
-VERSIONED := tests/contract tests/parity tests/unit/test_clip.py tests/unit/test_merged.py tests/unit/test_model_pool.py \
+VERSIONED := tests/contract tests/parity tests/unit/test_clip.py tests/unit/test_lora.py tests/unit/test_merged.py tests/unit/test_model_pool.py \
 	tests/unit/test_saving.py tests/unit/test_sources.py tests/unit/test_task_pool.py
 
 .PHONY: run test test-transformers4 bench lint clean

@@ -210,13 +210,8 @@ def truncated_svd(matrix: Tensor, rank: int, device: torch.device | str | None =
 
     Source: Eckart & Young 1936.
     """
+    rank = _possible_rank(rank, tuple(matrix.shape))
     limit = min(matrix.shape)
-    if rank == -1:
-        rank = limit
-    if not 1 <= rank <= limit:
-        raise ConfigError(
-            f"`rank`={rank} is not possible for a matrix of {tuple(matrix.shape)}; choose 1-{limit} or -1"
-        )
     exact = matrix.to(device or matrix.device, torch.promote_types(matrix.dtype, torch.float32))
     tall = exact if exact.shape[0] >= exact.shape[1] else exact.T
     worth_it = limit >= _LARGE and 8 * rank <= limit
@@ -225,6 +220,51 @@ def truncated_svd(matrix: Tensor, rank: int, device: torch.device | str | None =
     if tall is not exact:
         left, right = right.T, left.T  # (O, k), (k, I)
     return left.to(matrix).contiguous(), (values[:rank, None] * right).to(matrix).contiguous()
+
+
+def factored_svd(
+    left: Tensor, right: Tensor, rank: int, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Do what `truncated_svd` does of a product that is given as two thin matrices, without forming it.
+
+    .. math:: L = Q_1 R_1,\ R^\top = Q_2 R_2,\ R_1 R_2^\top = U S V^\top \implies
+              L R = (Q_1 U)\, S\, (Q_2 V)^\top
+
+    As with every decomposition, signs are free: each outer product is the same, not each of its two vectors.
+
+    Args:
+        left: L.
+        right: R.
+        rank: k, in 1…min(O, I), or -1 for full rank; beyond r both results hold zeros.
+        device: where to compute; by default where `left` is. The result comes back to it.
+
+    Shape:
+        left (O, r), right (r, I), r ≥ 0 → left (O, k), right (k, I), as in `truncated_svd` but for the zeros.
+
+    Raises:
+        ConfigError: if `rank` is not possible for the product.
+    """
+    rank = _possible_rank(rank, (left.shape[0], right.shape[1]))
+    us, svs = left.new_zeros(left.shape[0], rank), left.new_zeros(rank, right.shape[1])
+    if left.shape[1] == 0:
+        return us, svs
+    exact = torch.promote_types(left.dtype, torch.float32)
+    first = torch.linalg.qr(left.to(device or left.device, exact))  # (O, q), (q, r)
+    second = torch.linalg.qr(right.to(device or left.device, exact).T)  # (I, p), (p, r)
+    u, s, v = torch.linalg.svd(first.R @ second.R.T, False)
+    found = min(rank, s.numel())
+    us[:, :found] = (first.Q @ u[:, :found]).to(us)
+    svs[:found] = (s[:found, None] * (v[:found] @ second.Q.T)).to(svs)
+    return us, svs
+
+
+def _possible_rank(rank: int, shape: tuple[int, ...]) -> int:
+    limit = min(shape)
+    if rank == -1:
+        return limit
+    if not 1 <= rank <= limit:
+        raise ConfigError(f"`rank`={rank} is not possible for a matrix of {shape}; choose 1-{limit} or -1")
+    return rank
 
 
 def _iterated_svd(tall: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:

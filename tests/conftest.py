@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.register_assert_rewrite("helpers", "runs")
+pytest.register_assert_rewrite("helpers", "hub", "runs")
 
 from helpers import TASKS, write_processor
 from PIL import Image

@@ -34,6 +34,12 @@ _ROOTS = ("embeddings.class_embedding", "embeddings.patch_embedding.", "embeddin
 _PARTS = ("pre_layrnorm.", "encoder.layers.", "post_layernorm.")
 
 
+PROCESSOR_FILES = (
+    *("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json"),
+    *("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+)
+"""The names that the files of a CLIP processor may have; none has all of them."""
+
 _TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
 

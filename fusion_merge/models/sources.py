@@ -1,28 +1,23 @@
-"""Where models come from: folders, files, hub ids and the embedded zoo, read lazily, headers first."""
+"""Where models come from: folders, files, hub ids and the embedded zoo."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from fusion_merge import zoo
 from fusion_merge.commits import pending
 from fusion_merge.errors import ModelError, reason
 from fusion_merge.files import misspelt
+from fusion_merge.models.tensor_files import HeadedState as HeadedState
+from fusion_merge.models.tensor_files import LazyState as LazyState
+from fusion_merge.models.tensor_files import fingerprint as fingerprint
 
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?$")
 HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
@@ -34,17 +29,27 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 WEIGHT_PATTERNS = (*_WEIGHT_FILES, "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
 """The names that the weights of a model have in its folder: what a new model there replaces."""
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of one model: where it is, its configuration, and its weight files."""
+    """The files of one model, or of an adapter of one.
+
+    Attributes:
+        origin: where it is, as it was asked for.
+        config: the content of `config.json`, or of `adapter_config.json`.
+        weights: its weight files.
+        is_adapter: whether it is a PEFT adapter, which is no model without its base.
+    """
 
     origin: str
     config: dict[str, Any]
     weights: tuple[Path, ...]
+    is_adapter: bool = False
 
 
 def split_source(source: str) -> tuple[str, str | None]:
@@ -85,7 +90,7 @@ def shortened(text: str, length: int = 200) -> str:
 
 
 def find_files(source: str, *, subfolder: str = "", **hub_options: Any) -> ModelFiles:
-    """Find the configuration and the weight files of a model.
+    """Find the configuration and the weight files of a model or of a PEFT adapter.
 
     Args:
         source: as in `split_source`.
@@ -100,23 +105,79 @@ def find_files(source: str, *, subfolder: str = "", **hub_options: Any) -> Model
     _check_options(source, path, revision, {"subfolder": subfolder, **hub_options})
     if file is not None:
         fetch = _local_fetch(Path(path).parent)
-        weights: tuple[Path, ...] = (file,)
+        if file.name in _ADAPTER_WEIGHTS:
+            return ModelFiles(source, _adapter_config(source, fetch), (file,), is_adapter=True)
+        return ModelFiles(source, _model_config(source, fetch), (file,))
+    if is_folder := Path(path).is_dir():
+        fetch = _local_fetch(Path(path) / subfolder)
     else:
-        if Path(path).is_dir():
-            fetch = _local_fetch(Path(path) / subfolder)
-        else:
-            if meant := misspelt(path):
-                raise ModelError(meant)
-            fetch = _hub_fetch(path, {"revision": revision, "subfolder": subfolder} | hub_options)
-            if fetch("config.json") is None:
-                raise ModelError(
-                    f"`{source}` is not a folder here and cannot be had from the hub (offline, or not there)"
-                )
-        weights = _weight_files(source, fetch)
-    config_file = fetch("config.json")
-    if config_file is None:
+        if meant := misspelt(path):
+            raise ModelError(meant)
+        fetch = _hub_fetch(path, {"revision": revision, "subfolder": subfolder} | hub_options)
+    model, adapter = fetch("config.json"), fetch(_ADAPTER_CONFIG)
+    if adapter is not None and _is_adapter(source, fetch):
+        return ModelFiles(source, _adapter_config(source, fetch), _adapter_weights(source, fetch), is_adapter=True)
+    if model is None and not is_folder:
+        raise ModelError(f"`{source}` is not a folder here and cannot be had from the hub (offline, or not there)")
+    weights = _weight_files(source, fetch, "" if is_folder else " that can be had (offline, or not there)")
+    return ModelFiles(source, _model_config(source, fetch), weights)
+
+
+def find_others(source: str, names: Sequence[str], *, subfolder: str = "", **hub_options: Any) -> list[Path]:
+    """Return those of some files that are here, in a model's folder or in the hub's cache; nothing is downloaded.
+
+    Args:
+        source: as in `split_source`.
+        names: the names of the files.
+        subfolder: where in the folder or repository they are.
+        **hub_options: others of `HUB_OPTIONS`, for the hub.
+    """
+    path, revision = split_source(source)
+    place = Path(path)
+    if place.exists():
+        fetch = _local_fetch(place.parent if place.is_file() else place / subfolder)
+    else:
+        options = {"revision": revision, "subfolder": subfolder} | hub_options
+        fetch = _hub_fetch(path, options | {"local_files_only": True, "force_download": False})
+    return [file for name in names if (file := fetch(name)) is not None]
+
+
+Fetch = Callable[[str], Path | None]
+"""Returns where a file of a model is here, or None if the model has no such file."""
+
+
+def _model_config(source: str, fetch: Fetch) -> dict[str, Any]:
+    file = fetch("config.json")
+    if file is None:
         raise ModelError(f"`{source}` has no `config.json`; it is needed to know the model's shape")
-    return ModelFiles(source, _read_json(config_file), weights)
+    return _read_json(file)
+
+
+def _adapter_config(source: str, fetch: Fetch) -> dict[str, Any]:
+    file = fetch(_ADAPTER_CONFIG)
+    if file is None:
+        raise ModelError(f"`{source}` has no `{_ADAPTER_CONFIG}` beside it; it is needed to know what the weights mean")
+    return _read_json(file)
+
+
+def _is_adapter(source: str, fetch: Fetch) -> bool:
+    """Return whether a place with the configuration of an adapter holds that alone, and no model."""
+    weights = next((name for name in _WEIGHT_FILES if fetch(name) is not None), None)
+    adapter = next((name for name in _ADAPTER_WEIGHTS if fetch(name) is not None), None)
+    if weights and adapter:
+        raise ModelError(
+            f"`{source}` holds both a model and an adapter; give one file of the two: {weights}, {adapter}"
+        )
+    return weights is None
+
+
+def _adapter_weights(source: str, fetch: Fetch) -> tuple[Path, ...]:
+    found = next((file for name in _ADAPTER_WEIGHTS if (file := fetch(name)) is not None), None)
+    if found is None:
+        raise ModelError(
+            f"`{source}` has the configuration of an adapter, but no weights; looked for {', '.join(_ADAPTER_WEIGHTS)}"
+        )
+    return (found,)
 
 
 def _check_options(source: str, path: str, revision: str | None, options: Mapping[str, Any]) -> None:
@@ -146,7 +207,7 @@ def _local_file(path: Path) -> Path | None:
     return _local_fetch(path.parent)(path.name) if path.parent.is_dir() and not path.is_dir() else None
 
 
-def _local_fetch(folder: Path) -> Callable[[str], Path | None]:
+def _local_fetch(folder: Path) -> Fetch:
     commit = pending(folder)  # files of a save that was cut short
 
     def fetch(name: str) -> Path | None:
@@ -159,7 +220,7 @@ def _local_fetch(folder: Path) -> Callable[[str], Path | None]:
     return fetch
 
 
-def _hub_fetch(hub_id: str, options: Mapping[str, Any]) -> Callable[[str], Path | None]:
+def _hub_fetch(hub_id: str, options: Mapping[str, Any]) -> Fetch:
     def fetch(name: str) -> Path | None:
         try:
             found = cached_file(hub_id, name, _raise_exceptions_for_missing_entries=False, **options)
@@ -172,7 +233,7 @@ def _hub_fetch(hub_id: str, options: Mapping[str, Any]) -> Callable[[str], Path 
     return fetch
 
 
-def _weight_files(source: str, fetch: Callable[[str], Path | None]) -> tuple[Path, ...]:
+def _weight_files(source: str, fetch: Fetch, which: str) -> tuple[Path, ...]:
     for name in _WEIGHT_FILES:
         file = fetch(name)
         if file is None:
@@ -187,180 +248,4 @@ def _weight_files(source: str, fetch: Callable[[str], Path | None]) -> tuple[Pat
         if None in files:
             raise ModelError(f"`{source}` lacks `{shards[files.index(None)]}`, which `{name}` names")
         return tuple(f for f in files if f is not None)
-    raise ModelError(f"`{source}` has no weights; looked for {', '.join(_WEIGHT_FILES)}")
-
-
-class LazyState(Mapping[str, Tensor]):
-    """A state whose tensors are read from files when they are asked for, one at a time.
-
-    Args:
-        files: the weight files: safetensors, or torch files that hold nothing but tensors.
-        names: which names to take, as a function from the files' names to a table of own name → file's name.
-        dtype: what floating-point tensors are converted to; None leaves them as they are stored.
-
-    Raises:
-        ModelError: if a file cannot be read.
-    """
-
-    def __init__(
-        self,
-        files: tuple[Path, ...],
-        names: Callable[[list[str]], dict[str, str]],
-        dtype: torch.dtype | None = torch.float32,
-    ) -> None:
-        self._dtype = dtype
-        self._readers = {key: reader for file in files for key, reader in _open(file).items()}
-        self._names = names(list(self._readers))
-        self.shapes = {name: self._readers[key].shape for name, key in self._names.items()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        reader = self._readers[self._names[name]]
-        try:
-            tensor = self._converted(reader.read())
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise ModelError(f"cannot read `{self._names[name]}` in `{reader.file}`: {reason(error)}") from error
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ModelError(
-                f"`{self._names[name]}` in `{reader.file}` holds NaN or infinite values; use another copy of the model"
-            )
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def check_floating(self) -> None:
-        """Refuse a state with a tensor that is not of floating-point numbers, from the headers alone.
-
-        Raises:
-            ModelError: names the first such tensor.
-        """
-        for key in self._names.values():
-            reader = self._readers[key]
-            if not reader.dtype.startswith(("F", "BF")):
-                raise ModelError(
-                    f"`{key}` in `{reader.file}` holds {reader.dtype} values; "
-                    "give a model whose weights are float32, float16 or bfloat16"
-                )
-
-    def first_row(self, name: str) -> Tensor:
-        """Return the first row of a tensor, of which nothing else is read.
-
-        Args:
-            name: the tensor's name.
-
-        Shape:
-            (…, D) → (D,); () → (1,).
-        """
-        reader = self._readers[self._names[name]]
-        try:
-            return self._converted(reader.read_first_row())
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise ModelError(f"cannot read `{self._names[name]}` in `{reader.file}`: {reason(error)}") from error
-
-    def _converted(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._dtype) if self._dtype is not None and tensor.is_floating_point() else tensor
-
-
-@dataclass(frozen=True)
-class _Reader:
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], Tensor]
-    read_first_row: Callable[[], Tensor]
-
-
-def _open(file: Path) -> dict[str, _Reader]:
-    try:
-        return _open_safetensors(file) if file.suffix == ".safetensors" else _open_torch(file)
-    except ModelError:
-        raise
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise ModelError(f"cannot read weights from `{file}`: {reason(error)}") from error
-
-
-def _open_safetensors(file: Path) -> dict[str, _Reader]:
-    """Read the header alone; values are read when they are asked for, into memory of their own.
-
-    Mapped files would stay in memory for as long as they are open, and end the process where one is cut meanwhile.
-    """
-    readers = {}
-    with file.open("rb") as stream, safe_open(file, framework="pt", device="cpu") as handle:  # which checks the header
-        identity = _identity(stream)
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-        for key in list(handle.keys()):
-            described = handle.get_slice(key)
-            shape, name = tuple(described.get_shape()), str(described.get_dtype())  # such as F32, BF16 or I8
-            dtype = described[:0].dtype if shape else handle.get_tensor(key).dtype
-            start = 8 + length + int(header[key]["data_offsets"][0])
-            row = (0,) if 0 in shape else shape[-1:] or (1,)
-            read = partial(_read_at, file, identity, start)
-            readers[key] = _Reader(file, shape, name, partial(read, shape, dtype), partial(read, row, dtype))
-    return readers
-
-
-def _identity(stream: BufferedReader) -> tuple[int, ...]:
-    """Return by what a file is known: another one may take its place."""
-    status = os.fstat(stream.fileno())
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _read_at(file: Path, identity: tuple[int, ...], start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    tensor = torch.empty(shape, dtype=dtype, device="cpu")
-    memory = memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type] # it is a buffer
-    with file.open("rb") as stream:
-        if _identity(stream) != identity:
-            raise OSError("the file was changed meanwhile; run again")
-        stream.seek(start)
-        if stream.readinto(memory) != len(memory):
-            raise OSError("the file was cut meanwhile")
-    return tensor
-
-
-def _open_torch(file: Path) -> dict[str, _Reader]:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # the unpickler raises its own kinds for anything but plain tensors
-        raise ModelError(f"`{file}` is not a torch file of plain tensors: {reason(error)}") from error
-    if not isinstance(state, dict) or not all(isinstance(n, str) and _is_plain(t) for n, t in state.items()):
-        raise ModelError(f"`{file}` does not hold a state dict of tensors, plain ones by name")
-    return {
-        key: _Reader(file, tuple(t.shape), _dtype_name(t), t.clone, partial(_first_row, t)) for key, t in state.items()
-    }
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    """Return the dtype as safetensors would begin to call it."""
-    return f"F ({tensor.dtype})" if tensor.is_floating_point() else str(tensor.dtype)
-
-
-def _is_plain(tensor: Any) -> bool:
-    """Tell whether something is a tensor with values of its own, neither sparse nor quantized."""
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-        return False
-    return not tensor.is_quantized and tensor.device.type == "cpu"
-
-
-def _first_row(tensor: Tensor) -> Tensor:
-    return tensor.flatten()[: tensor.shape[-1] if tensor.ndim else 1].clone()
-
-
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Return a short name for the content of a state: its names, shapes, and the first row of each tensor.
-
-    Two models that differ in a whole tensor differ here, whatever file format or key layout they came in.
-
-    Args:
-        state: the state; rows are read in float32, and of a `LazyState` nothing else is read.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        shape = state.shapes[name] if isinstance(state, LazyState) else tuple(state[name].shape)
-        row = state.first_row(name) if isinstance(state, LazyState) else _first_row(state[name])
-        digest.update(f"{name}{shape}".encode())
-        digest.update(row.to(torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    raise ModelError(f"`{source}` has no weights{which}; looked for {', '.join(_WEIGHT_FILES)}")

@@ -13,18 +13,12 @@ from fusion_merge.errors import ConfigError
 from fusion_merge.moe.factors import factored_linear, merged_factors
 from fusion_merge.moe.gaps import decode, encode
 from fusion_merge.moe.row_blocks import along, block_rows, lay_along, lies_along, merged_linear
-from fusion_merge.task_vectors import magnitude_prune, truncated_svd
+from fusion_merge.moe.vectors import TaskVector as TaskVector
+from fusion_merge.task_vectors import magnitude_prune
 
 
 class LinearDelta(NamedTuple):
     """What a bank adds to a linear layer: `weight` of shape (B, O, I) and `bias` of shape (B, O)."""
-
-    weight: Tensor
-    bias: Tensor
-
-
-class TaskVector(NamedTuple):
-    """The task vector of one linear layer: `weight` of shape (O, I) and `bias` of shape (O,)."""
 
     weight: Tensor
     bias: Tensor
@@ -267,7 +261,7 @@ class LowRankExperts(Experts):
         bias_scaling: float,
         device: torch.device | str | None = None,
     ) -> LowRankExperts:
-        """Decompose each task vector by truncated SVD and make the bank.
+        """Decompose each task vector by truncated SVD, from its factors where it has them, and make the bank.
 
         Args:
             task_vectors: N task vectors of the layer.
@@ -275,7 +269,7 @@ class LowRankExperts(Experts):
             bias_scaling: λ, the static weight of every bias.
             device: where to decompose.
         """
-        parts = [(*truncated_svd(t.weight, rank, device), t.bias) for t in task_vectors]
+        parts = [(*t.truncated_svd(rank, device), t.bias) for t in task_vectors]
         lefts, rights, biases = zip(*parts, strict=True)
         left, right = torch.cat(lefts, dim=1), torch.cat(rights, dim=0)  # (O, N·R), (N·R, I)
         return cls(left, right, torch.stack(biases), bias_scaling)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fusion_merge.errors import ConfigError, ModelError
 from fusion_merge.moe.experts import Experts, TaskVector
@@ -18,6 +18,8 @@ from fusion_merge.moe.selection import Selection
 from fusion_merge.task_vectors import State, difference
 
 log = logging.getLogger(__name__)
+
+_PARTS = ("weight", "bias")
 
 EXPERT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What expert banks can be stored in."""
@@ -112,14 +114,7 @@ def upcycle_mlps(
         progress=progress,
         in_place=in_place,
     )
-    for task, count in unchanged.items():
-        if count:
-            log.info(
-                "`%s` equals the pretrained model in %d of %d MLP layers: it adds zero experts there",
-                task,
-                count,
-                layers,
-            )
+    _tell_unchanged(unchanged, layers)
     return model
 
 
@@ -180,16 +175,44 @@ def stored(experts: Experts, dtype: str, path: str) -> Experts:
 def _load_pretrained(linear: nn.Linear, pretrained: State, path: str) -> None:
     if linear.bias is None:
         raise ModelError(f"`{path}` has no bias; only linear layers with a bias can be upcycled")
-    for part in TaskVector._fields:
+    for part in _PARTS:
         getattr(linear, part).data.copy_(pretrained[f"{path}.{part}"])
 
 
+def _tell_unchanged(unchanged: Mapping[str, int], layers: int) -> None:
+    """Say which tasks have experts of zeros, and what follows."""
+    static = [task for task, count in unchanged.items() if count == layers]
+    if static:
+        tasks = ", ".join(f"`{task}`" for task in static)
+        log.info(
+            "no expert of task %s changes an MLP: the model equals the pretrained one in all %d MLP layers, as with "
+            "LoRA on the attention projections alone; what it changes elsewhere is merged statically, and %s",
+            tasks,
+            layers,
+            "routers have nothing to choose from: the result is task arithmetic"
+            if len(static) == len(unchanged)
+            else "routers choose among the experts of the other tasks",
+        )
+    for task, count in unchanged.items():
+        if 0 < count < layers:
+            log.info(
+                "`%s` equals the pretrained model in %d of %d MLP layers: it adds zero experts there",
+                task,
+                count,
+                layers,
+            )
+
+
 class _TaskVectors(Sequence[TaskVector]):
-    """The task vectors of one linear layer, each formed when it is asked for, so that one is in memory at a time."""
+    """The task vectors of one linear layer, each formed when it is asked for, so that one is in memory at a time.
+
+    A state that has `pretrained`, which is the very one here, and `factors`, which gives a weight's task vector as a
+    product of thin matrices, is asked for these.
+    """
 
     def __init__(self, pretrained: State, finetuned: Sequence[State], path: str) -> None:
-        self._before = {part: pretrained[f"{path}.{part}"] for part in TaskVector._fields}
-        self._finetuned, self._path = finetuned, path
+        self._before = {part: pretrained[f"{path}.{part}"] for part in _PARTS}
+        self._pretrained, self._finetuned, self._path = pretrained, finetuned, path
         self.zero: set[int] = set()
         """Which of those that were asked for are zero throughout."""
 
@@ -206,7 +229,19 @@ class _TaskVectors(Sequence[TaskVector]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         state = self._finetuned[index]
-        vector = TaskVector(**difference({part: state[f"{self._path}.{part}"] for part in self._before}, self._before))
+        factors = self._factors(state)
+        dense = _PARTS if factors is None else _PARTS[1:]
+        before = {part: self._before[part] for part in dense}
+        parts = difference({part: state[f"{self._path}.{part}"] for part in dense}, before)
+        weight = factors[0] @ factors[1] if factors is not None else parts["weight"]  # (O, I)
+        vector = TaskVector(weight, parts["bias"], factors)
         if not (vector.weight.any() or vector.bias.any()):
             self.zero.add(index)
         return vector
+
+    def _factors(self, state: State) -> tuple[Tensor, Tensor] | None:
+        factors = getattr(state, "factors", None)
+        if factors is None or getattr(state, "pretrained", None) is not self._pretrained:
+            return None
+        found: tuple[Tensor, Tensor] | None = factors(f"{self._path}.weight")
+        return found

@@ -22,8 +22,9 @@ from fusion_merge.models.clip import (
     module_state,
     vision_config,
 )
+from fusion_merge.models.lora import LoraState
 from fusion_merge.models.revisions import hub_commit
-from fusion_merge.models.sources import LazyState, fingerprint
+from fusion_merge.models.sources import LazyState, ModelFiles, fingerprint
 from fusion_merge.models.task_models import TaskModels
 from fusion_merge.pools.reading import Purpose
 from fusion_merge.pools.references import Reference, check_table, reference_of
@@ -35,7 +36,10 @@ PRETRAINED = "_pretrained_"
 PLATFORMS = ("hf", "huggingface")
 
 ModelSource = str | Path | nn.Module | Mapping[str, Any]
-"""A folder, a file, a hub id (`owner/name@revision`), `zoo://…`, a module, or a config with `_target_` or `path`."""
+"""A folder, a file, a hub id (`owner/name@revision`), `zoo://…`, a module, or a config with `_target_` or `path`.
+
+Files may be those of a model or of a PEFT LoRA adapter, which is added to `_pretrained_`.
+"""
 
 
 _EXAMPLE = f"{{{PRETRAINED}: PATH_OR_HUB_ID, TASK: PATH_OR_HUB_ID, …}}"
@@ -115,7 +119,7 @@ class CLIPVisionModelPool:
             name: one of `all_model_names`.
         """
         source = self._source(name)
-        if reference := self._reference(name):
+        if reference := self.reference(name):
             return str(reference)
         return str(source.get("_target_")) if isinstance(source, Mapping) else f"a {type(source).__name__}"
 
@@ -127,6 +131,14 @@ class CLIPVisionModelPool:
         """
         self._open(name)
         return self._commits.get(name)
+
+    def reference(self, name: str) -> Reference | None:
+        """Return what a model's source refers to, or None where it is a module, or a config that makes one.
+
+        Args:
+            name: one of `all_model_names`.
+        """
+        return reference_of(self._source(name), f"model `{name}`")
 
     def config(self, name: str = PRETRAINED) -> CLIPVisionConfig:
         """Return a model's vision configuration.
@@ -233,16 +245,13 @@ class CLIPVisionModelPool:
         """
         source = self._source(PRETRAINED)
         task_pool.use_pretrained(
-            source if isinstance(source, CLIPModel) else self._reference(PRETRAINED), self.processor
+            source if isinstance(source, CLIPModel) else self.reference(PRETRAINED), self.processor
         )
 
     def _source(self, name: str) -> ModelSource:
         if name not in self._sources:
             raise ModelError(f"model `{name}` is not in the pool; {nearest(name, self._sources)}")
         return self._sources[name]
-
-    def _reference(self, name: str) -> Reference | None:
-        return reference_of(self._source(name), f"model `{name}`")
 
     def _call(self, name: str) -> str:
         return f"model `{name}` ({self.describe(name)})"
@@ -253,13 +262,15 @@ class CLIPVisionModelPool:
         return self._states[name]
 
     def _read(self, name: str, source: ModelSource) -> tuple[CLIPVisionConfig, State]:
-        reference = self._reference(name)
+        reference = self.reference(name)
         if reference is not None:
             try:
                 files = reference.files()
             except ModelError as error:
                 raise ModelError(f"model `{name}`: {error}") from error
             self._commits[name] = hub_commit(files.weights)
+            if files.is_adapter:
+                return self._add(name, files, reference.base)
             config = vision_config(files.config, where=self._call(name))
             state = LazyState(files.weights, canonical_names)
             if not state:
@@ -281,6 +292,19 @@ class CLIPVisionModelPool:
             if not torch.isfinite(tensor).all():
                 raise ModelError(f"{self._call(name)} holds NaN or infinite values in `{tensor_name}`")
         return module_config(module), tensors
+
+    def _add(self, name: str, files: ModelFiles, base: str | None) -> tuple[CLIPVisionConfig, State]:
+        """Return the pretrained model with an adapter."""
+        if name == PRETRAINED:
+            raise ModelError(f"{self._call(name)} is an adapter; give the model that it was made for as `{name}`")
+        pretrained = self.reference(PRETRAINED)
+        if base is not None and pretrained is not None and base != pretrained.source:
+            raise ModelError(
+                f"{self._call(name)} is to be added to `{base}`, but `{PRETRAINED}` is `{pretrained}`; "
+                "leave out `base_model_name`, or give one model in both places"
+            )
+        config, state = self._open(PRETRAINED)
+        return config, LoraState(state, files, where=self._call(name), base=self.base_model)
 
     def _instantiate(self, name: str, source: Mapping[str, Any]) -> Any:
         try:

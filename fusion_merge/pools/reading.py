@@ -21,6 +21,7 @@ from hydra.utils import instantiate
 
 from fusion_merge.errors import DataError
 from fusion_merge.files import misspelt
+from fusion_merge.pools.cached_data import check_revision
 from fusion_merge.pools.folders import read_file, read_folder, split_called
 from fusion_merge.zoo import SCHEME
 
@@ -104,10 +105,10 @@ def _no_bars_without_a_terminal() -> Iterator[None]:
 def _load(data: Any, split: str | None, purpose: Purpose) -> Any:
     if isinstance(data, Mapping) and not isinstance(data, DatasetDict):
         if "_target_" in data:
-            return instantiate(dict(data))
+            return _of_that_revision(instantiate(dict(data)), data)
         if data.get("path") == "imagefolder" and set(data) == {"path", "data_dir"}:
             return _load_path(str(data["data_dir"]), split, purpose)  # whose names `datasets` takes for splits
-        return load_dataset(**data)
+        return _of_that_revision(load_dataset(**data), data)
     return _load_path(str(data), split, purpose) if isinstance(data, str | Path) else data
 
 
@@ -126,7 +127,15 @@ def _load_path(source: str, split: str | None, purpose: Purpose) -> Any:
     if source.startswith((".", "/", "~")):
         raise DataError(f"`{source}` does not exist; give a folder of images, parquet, a saved dataset or a hub id")
     hub_id, _, revision = source.partition("@")
-    return load_dataset(hub_id, revision=revision or None)
+    return _of_that_revision(load_dataset(hub_id, revision=revision or None), {"path": hub_id, "revision": revision})
+
+
+def _of_that_revision(loaded: Any, options: Mapping[str, Any]) -> Any:
+    """Return what was loaded, if it is of the revision that the options name."""
+    hub_id = options.get("path")
+    if isinstance(hub_id, str) and hub_id.count("/") <= 1:
+        check_revision(loaded, hub_id, options.get("revision") or None)
+    return loaded
 
 
 def _pick_split(name: str, data: Any, split: str | None, purpose: Purpose) -> tuple[Any, str | None]:

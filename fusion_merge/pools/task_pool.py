@@ -161,6 +161,16 @@ class CLIPVisionModelTaskPool(TaskPool):
             self._splits[key] = self.on_other_images(specs, Purpose.ADAPTATION)
         return self._splits[key]
 
+    @property
+    def clip_source(self) -> Any:
+        """Where the CLIP model that makes the heads comes from: a reference, an object, a config, or None."""
+        return self._clip_source
+
+    @property
+    def processor_source(self) -> Any:
+        """Where the processor comes from: a reference, an object or a config; by default where the CLIP model does."""
+        return self._processor_source if self._processor_source is not None else self._clip_source
+
     def use_pretrained(self, clip_model: Any, processor: Any = None) -> None:
         """Take head and processor from here where the pool was not told of any.
 
@@ -204,7 +214,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         """Refuse a processor that makes images of another size than the CLIP model takes."""
         source = self._clip_source
         if isinstance(source, Reference):
-            config = vision_config(source.files().config, where=f"`{source}`")
+            config = vision_config(source.config(), where=f"`{source}`")
         elif isinstance(source, CLIPModel):
             config = module_config(source)
         else:
@@ -264,7 +274,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         """The processor of images and prompts."""
         if self._origin is not None:
             return self._origin.processor
-        source = self._processor_source if self._processor_source is not None else self._clip_source
+        source = self.processor_source
         if isinstance(source, Reference):
             path, options = source.arguments()
             return load_processor(path, where=f"`{source}`", **options)
@@ -285,7 +295,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         """Refuse a pool that cannot make heads, as far as it can be told from headers."""
         source = self._clip_source
         if isinstance(source, Reference):
-            check_whole_clip(source.files().config, where=f"`{source}`")
+            check_whole_clip(source.config(), where=f"`{source}`")
             path = Path(source.source).expanduser()
             if path.is_file() and path.name != "model.safetensors":
                 raise ModelError(f"`{source}` is one file; give the folder of a whole CLIP model as `clip_model`")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from helpers import TASKS
 from PIL import Image as PILImage
 from runs import assert_same_bits, random_tower, tensors_of
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPModel, CLIPVisionModel
+from transformers import CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from fusion_merge import CLIPFinetuneAlgorithm, CLIPVisionModelPool, WEMoEAlgorithm
 from fusion_merge.errors import ConfigError, DataError, ModelError
@@ -51,6 +52,37 @@ def save_whole_clip(folder: Path, tower: CLIPVisionModel, pool_dir: Path) -> str
     return str(folder)
 
 
+def save_torch_shards(folder: Path, tower: CLIPVisionModel) -> str:
+    """Write a tower as two torch files and their index."""
+    write_checkpoint(folder, tower, "whole.bin", "vision_model.")
+    state = torch.load(folder / "whole.bin", weights_only=True)
+    table = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(state)}
+    for file in set(table.values()):
+        torch.save({name: tensor for name, tensor in state.items() if table[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    return str(folder)
+
+
+def save_with_projection(folder: Path, tower: CLIPVisionModel) -> str:
+    model = CLIPVisionModelWithProjection(module_config(tower))
+    for key, tensor in module_state(model).items():
+        tensor.copy_(module_state(tower)[key])
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def save_whole_clip_as_torch(folder: Path, tower: CLIPVisionModel, pool_dir: Path) -> str:
+    save_whole_clip(folder, tower, pool_dir)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return str(folder)
+
+
+def below_home(folder: Path, tower: CLIPVisionModel) -> str:
+    save_tower(tower, folder)
+    return f"~/{os.path.relpath(folder, Path.home())}"
+
+
 def save_with_transformers(folder: Path, tower: CLIPVisionModel) -> str:
     tower.save_pretrained(folder)
     return str(folder)
@@ -72,6 +104,13 @@ SOURCES: dict[str, Any] = {
         folder, tower, "model.safetensors", "module.clip.vision_model."
     ),
     "torch file": lambda folder, tower, _: write_checkpoint(folder, tower, "pytorch_model.bin", "vision_model."),
+    "torch shards": lambda folder, tower, _: save_torch_shards(folder, tower),
+    "whole CLIP model as a torch file": lambda folder, tower, pool_dir: save_whole_clip_as_torch(
+        folder, tower, pool_dir
+    ),
+    "tower with a projection": lambda folder, tower, _: save_with_projection(folder, tower),
+    "below the home folder": lambda folder, tower, _: below_home(folder, tower),
+    "path config below the home folder": lambda folder, tower, _: {"path": below_home(folder, tower)},
     "shards": lambda folder, tower, _: save_sharded(folder, tower),
     "one file": lambda folder, tower, _: f"{save_with_us(folder, tower)}/model.safetensors",
     "path object": lambda folder, tower, _: Path(save_with_us(folder, tower)),
@@ -163,6 +202,21 @@ def test_every_kind_of_source_gives_the_same_working_tower(source, tower):
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(loaded(pixel_values=pixels).pooler_output, tower(pixel_values=pixels).pooler_output)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("how", ["model.safetensors", "pytorch_model.bin", "whole"])
+def test_half_precision_checkpoints_are_read_in_single_precision(tower, pool_dir, tmp_path, dtype, how):
+    half = {name: tensor.to(dtype).float() for name, tensor in module_state(tower).items()}
+    if how == "whole":
+        folder = save_whole_clip(tmp_path / "model", tower, pool_dir)
+        clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).to(dtype)
+        clip.save_pretrained(folder)
+    else:
+        folder = write_checkpoint(tmp_path / "model", tower.to(dtype), how, "vision_model.")
+    state = CLIPVisionModelPool({"_pretrained_": folder}).state("_pretrained_")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert_same_bits({n: t for n, t in state.items() if "position_ids" not in n}, half)
 
 
 def test_other_weights_give_another_fingerprint(tower):

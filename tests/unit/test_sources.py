@@ -18,7 +18,7 @@ from transformers.utils import hub as transformers_hub
 
 from fusion_merge import zoo
 from fusion_merge.errors import ModelError
-from fusion_merge.models import sources
+from fusion_merge.models import tensor_files
 from fusion_merge.models.clip import canonical_names
 from fusion_merge.models.sources import LazyState, find_files, fingerprint, split_source
 
@@ -249,13 +249,13 @@ def test_all_zoo_names_can_be_found():
 def reads(monkeypatch) -> list[int]:
     """How many numbers were read at a time of tensors in safetensors files."""
     counts: list[int] = []
-    read_at = sources._read_at
+    read_at = tensor_files._read_at
 
     def counted(file, identity, start, shape, dtype):
         counts.append(math.prod(shape))
         return read_at(file, identity, start, shape, dtype)
 
-    monkeypatch.setattr(sources, "_read_at", counted)
+    monkeypatch.setattr(tensor_files, "_read_at", counted)
     return counts
 
 

@@ -131,8 +131,48 @@ def test_a_model_equal_to_the_pretrained_one_is_noted_by_name(caplog):
     with caplog.at_level(logging.INFO, logger="fusion_merge"):
         model = _upcycle(tower, tower.state_dict(), finetuned, task_names=["cats", "dogs", "birds"])
     (note,) = caplog.messages
-    assert note.startswith("`dogs` equals the pretrained model in 4 of 4 MLP layers")
+    assert note.startswith("no expert of task `dogs` changes an MLP: ")
+    assert note.endswith("routers choose among the experts of the other tasks")
     assert not model.layers[0].fc1.experts.weight[1].any()
+
+
+def test_a_model_that_leaves_one_mlp_as_it_is_is_noted_by_name(caplog):
+    tower, finetuned = toy_states()
+    finetuned[1] |= {n: t.clone() for n, t in tower.state_dict().items() if n.startswith("layers.0.")}
+    with caplog.at_level(logging.INFO, logger="fusion_merge"):
+        _upcycle(tower, tower.state_dict(), finetuned, task_names=["cats", "dogs", "birds"])
+    (note,) = caplog.messages
+    assert note.startswith("`dogs` equals the pretrained model in 2 of 4 MLP layers")
+
+
+class _InFactors(dict):
+    """A state that knows the task vector of each weight in factors."""
+
+    def __init__(self, pretrained, state, factors):
+        super().__init__(state)
+        self.pretrained, self._factors = pretrained, factors
+
+    def factors(self, name):
+        return self._factors.get(name)
+
+
+def test_task_vectors_carry_the_factors_that_a_state_has_of_this_very_pretrained_state():
+    tower, (finetuned, *_) = toy_states()
+    pretrained = tower.state_dict()
+    factors = {"layers.0.fc1.weight": (torch.randn(10, 2), torch.randn(2, 6))}
+    seen = []
+
+    def look(path, vectors):
+        seen.extend(v for v in vectors if path == "layers.0.fc1")
+        return make_bank("low_rank", vectors)
+
+    for known in (pretrained, copied(pretrained)):
+        _upcycle(tower, pretrained, [_InFactors(known, finetuned, factors)], make_experts=look)
+    assert seen[0].factors is factors["layers.0.fc1.weight"]
+    assert torch.equal(seen[0].weight, seen[0].factors[0] @ seen[0].factors[1])
+    assert torch.equal(seen[0].bias, finetuned["layers.0.fc1.bias"] - pretrained["layers.0.fc1.bias"])
+    assert seen[1].factors is None
+    assert torch.equal(seen[1].weight, finetuned["layers.0.fc1.weight"] - pretrained["layers.0.fc1.weight"])
 
 
 @pytest.mark.parametrize("kind", BANKS)
