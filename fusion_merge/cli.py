@@ -25,9 +25,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fusion_merge.commands import find_command, spell_out
 from fusion_merge.errors import ConfigError, FusionMergeError, nearest, reason
-from fusion_merge.explanations import GROUPS, explain, first_choice
+from fusion_merge.explanations import GROUPS, choices, explain, first_choice
 from fusion_merge.help import help_text
 from fusion_merge.options import LARGEST
+from fusion_merge.presets import register_presets
 from fusion_merge.schema import BASELINES, FabricConfig, ProgramConfig, register_schema
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def main() -> None:
     with _messages(tracebacks):
         _given[:], _failed[:] = sys.argv[1:], []
         sys.argv[1:] = [_open(argument) for argument in spell_out(sys.argv[1:])]
+        register_presets([n for a in sys.argv[1:] if a.startswith("modelpool=") for n in choices(a)])
         if (overrides := _help_on(sys.argv[1:])) is not None:
             sys.stdout.write(help_text(overrides))
             return

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from fusion_merge.errors import nearest
+from fusion_merge.errors import FusionMergeError, nearest
+from fusion_merge.presets import LONG_PATHS, preset_names
 
 GROUPS = ("method", "modelpool", "taskpool")
 """The groups of presets that every run chooses from."""
@@ -24,8 +27,9 @@ def explain(error: Exception) -> str:
         error: what Hydra, OmegaConf or fusion_merge raised.
     """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = str(error.missing_cfg_file).partition("/")
-        return f"`{group}={name}` is not a preset; {nearest(name, error.options or [])}"
+        return _explain_preset(*str(error.missing_cfg_file).partition("/")[::2], error.options or [])
+    if isinstance(error, OmegaConfBaseException) and isinstance(error.__cause__, FusionMergeError):
+        return str(error.__cause__)  # of a resolver of our own
     if found := re.search(r"Could not override '([^']+)'", str(error)):
         return _explain_key(found[1])
     cause = error.__cause__
@@ -37,6 +41,14 @@ def explain(error: Exception) -> str:
     lines = [line for message in messages for line in message.splitlines()]
     details = ("full_key:", "object_type=", "reference_type=")
     return " ".join(line.strip() for line in lines if line.strip() and not line.strip().startswith(details))
+
+
+def _explain_preset(group: str, name: str, options: Sequence[str]) -> str:
+    """Return what is near a preset that does not exist; Hydra lists the short names alone."""
+    folder = LONG_PATHS.get(group, "")
+    if folder and name.startswith(f"{folder}/"):
+        options = [f"{folder}/{option}" for option in preset_names(group)]
+    return f"`{group}={name}` is not a preset; {nearest(name, options)}"
 
 
 def _explain_key(key: str) -> str:
@@ -66,6 +78,19 @@ def _selected_config() -> DictConfig:
     presets = [first_choice(a) for a in sys.argv[1:] if a.partition("=")[0] in (*GROUPS, "protocol", "reproduction")]
     with initialize_config_module("fusion_merge.config", version_base="1.3"):
         return compose("config", overrides=presets)
+
+
+def choices(preset: str) -> list[str]:
+    """Return the names that an override chooses, several where it is swept; none where Hydra is to search for them.
+
+    Args:
+        preset: an override such as `modelpool=tiny8,mine`.
+    """
+    override = OverridesParser.create().parse_override(preset)
+    if not override.is_sweep_override():
+        return [str(override.value())]
+    found = override.sweep_string_iterator() if override.is_discrete_sweep() else ()
+    return [str(name).strip("'\"") for name in found]
 
 
 def first_choice(preset: str) -> str:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable
 from importlib.resources import files
-from importlib.resources.abc import Traversable
 from string import Template
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-_CONFIG = "fusion_merge.config"
+from fusion_merge.presets import CONFIG, LONG_PATHS, preset_names
+
+_INSIDE = ("dataset", "hydra", "model", "tuned")
+"""Groups that presets are made of; a user chooses from the others."""
+
+_MANY = 4
+"""So many presets with one beginning are shown as one family."""
 
 
 def help_text(overrides: list[str]) -> str:
@@ -23,21 +32,42 @@ def help_text(overrides: list[str]) -> str:
         HydraException: if they cannot be combined.
     """
     GlobalHydra.instance().clear()
-    with initialize_config_module(_CONFIG, version_base="1.3"):
+    with initialize_config_module(CONFIG, version_base="1.3"):
         config = compose("config", overrides=overrides, return_hydra_config=True)
     template = Template(config.hydra.help.template)
-    presets = [f"{group}: {', '.join(names)}\n" for group, names in sorted(_presets(files(_CONFIG)).items())]
     options = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    return template.substitute(APP_CONFIG_GROUPS="".join(presets), CONFIG=OmegaConf.to_yaml(options))
+    return template.substitute(APP_CONFIG_GROUPS=shown_presets(), CONFIG=OmegaConf.to_yaml(options))
 
 
-def _presets(folder: Traversable, group: str = "") -> dict[str, list[str]]:
-    """Return the names of the presets in each group below a folder."""
-    found: dict[str, list[str]] = {}
-    for entry in folder.iterdir():
-        if entry.is_dir() and entry.name not in ("hydra", "__pycache__"):
-            found |= _presets(entry, f"{group}/{entry.name}".lstrip("/"))
-        elif group and entry.name.endswith(".yaml"):
-            found.setdefault(group, []).append(entry.name.removesuffix(".yaml"))
-            found[group].sort()
-    return found
+def shown_presets() -> str:
+    """Return the presets of each group that a user chooses from, families of names in braces, wrapped."""
+    width = min(max(shutil.get_terminal_size().columns, 60), 120)
+    groups = sorted(entry.name for entry in files(CONFIG).iterdir() if entry.is_dir() and entry.name not in _INSIDE)
+    indent = " " * (max(map(len, groups)) + 2)
+    lines: list[str] = []
+    for group in groups:
+        if not (names := preset_names(group)):
+            continue
+        for number, family in enumerate(_families(names)):
+            first = indent if number else f"{group:{len(indent)}}"
+            lines += textwrap.wrap(
+                family,
+                width,
+                initial_indent=first,
+                subsequent_indent=f"{indent}  ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+    paths = [f"{group}={folder}/NAME" for group, folder in LONG_PATHS.items()]
+    return "\n".join([*lines, f"{indent}long paths work too: {', '.join(paths)}", ""])
+
+
+def _families(names: Iterable[str]) -> list[str]:
+    """Return the names in few texts: those that begin alike, up to the first `_`, as `BEGINNING_{a, b, c}`."""
+    members = defaultdict(list)
+    for name in names:
+        members[name.partition("_")[0]].append(name)
+    families = {b: found for b, found in members.items() if len(found) >= _MANY}
+    alone = [name for name in names if name.partition("_")[0] not in families]
+    texts = [f"{b}_{{{', '.join(n.removeprefix(f'{b}_') for n in found)}}}" for b, found in families.items()]
+    return [*([", ".join(alone)] if alone else []), *texts]

@@ -16,7 +16,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from fusion_merge.adaptation.runtime import check_precision, make_fabric, placement_of
-from fusion_merge.errors import ConfigError, nearest
+from fusion_merge.errors import ConfigError, DataError, nearest
 from fusion_merge.files import check_writable, write_text
 from fusion_merge.methods.base import Method
 from fusion_merge.methods.task_arithmetic import TaskArithmeticAlgorithm
@@ -58,7 +58,7 @@ class FusionProgram:
         self.output_dir = output_dir
         self.method: Method = object_from_config(config["method"], "method", Method)
         self.modelpool: CLIPVisionModelPool = object_from_config(config["modelpool"], "modelpool", CLIPVisionModelPool)
-        self.taskpool: TaskPool = object_from_config(config["taskpool"], "taskpool", TaskPool)
+        self.taskpool: TaskPool = object_from_config(self._task_config(), "taskpool", TaskPool)
         self.seconds: dict[str, float] = {}
         self.groups: dict[str, list[str]] = {}
         """Tasks whose averages are reported by themselves, by what they are called."""
@@ -66,6 +66,19 @@ class FusionProgram:
         """Whether this process is the one, of several, that writes and speaks."""
         if isinstance(self.taskpool, CLIPVisionModelTaskPool):
             self.modelpool.lend_pretrained(self.taskpool)
+
+    def _task_config(self) -> Mapping[str, Any]:
+        """Return the task pool's configuration: one that is given no tasks takes the model pool's `test_datasets`."""
+        config: Mapping[str, Any] = self.config["taskpool"]
+        tables = [config[key] for key in ("tasks", "test_datasets") if key in config]
+        if not tables or any(tables):
+            return config
+        if not self.modelpool.test_datasets:
+            raise DataError(
+                "there is nothing to score on: the task pool has no tasks, and the model pool no `test_datasets`; "
+                "choose `taskpool=NAME`, give `taskpool.tasks.TASK={data: …}`, or take `taskpool=dummy`"
+            )
+        return {**config, "test_datasets": self.modelpool.test_datasets}
 
     def check(self) -> None:
         """Check what can be checked before any weight is read.

@@ -6,8 +6,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from fusion_merge.errors import ConfigError, nearest
+from fusion_merge.presets import register_presets
 
 BASELINES = ("zero_shot", "fine_tuned", "task_arithmetic")
+
+CORRUPTIONS = (
+    "contrast",
+    "gaussian_noise",
+    "impulse_noise",
+    "jpeg_compression",
+    "motion_blur",
+    "pixelate",
+    "spatter",
+)
+"""The corruptions of the robustness protocol: splits of the published datasets have these names."""
 
 
 @dataclass
@@ -41,11 +56,30 @@ class ProgramConfig:
     print_config: bool = False
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
     evaluate_routings: list[str] | None = None
+    corruption: str | None = None
     output_dir: str | None = None
     report_save_path: str | None = None
     merged_model_save_path: str | None = None
 
 
 def register_schema() -> None:
-    """Make the schema known to Hydra, under the name that `config/config.yaml` builds on."""
+    """Make known to Hydra what `config/config.yaml` and the presets build on."""
     ConfigStore.instance().store(name="fusion_merge_schema", node=ProgramConfig)
+    OmegaConf.register_new_resolver("corrupted_split", corrupted_split, replace=True)
+    register_presets()
+
+
+def corrupted_split(corruption: str | None) -> str:
+    """Return the split of a published dataset that holds its corrupted images.
+
+    Args:
+        corruption: one of `CORRUPTIONS`.
+
+    Raises:
+        ConfigError: if none is named, or an unknown one.
+    """
+    if corruption is None:
+        raise ConfigError(f"this preset needs a `corruption`; give `corruption=NAME`, one of {', '.join(CORRUPTIONS)}")
+    if corruption not in CORRUPTIONS:
+        raise ConfigError(f"`corruption`={corruption!r} is not known; {nearest(corruption, CORRUPTIONS)}")
+    return corruption

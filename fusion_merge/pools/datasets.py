@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image
 from fusion_merge.errors import ConfigError, DataError, nearest
 from fusion_merge.pools.classnames import make_classnames
 from fusion_merge.pools.corruptions import Corruption
+from fusion_merge.pools.prompts import PromptSet, prompt_set
 from fusion_merge.pools.reading import Purpose, read_data, zoo_task
 from fusion_merge.zoo import SCHEME
 
@@ -29,7 +30,16 @@ CORRUPTION_OPTIONS = {
 }
 """What a task may say about the corruption of its images, and what `Corruption` calls it."""
 
-TASK_OPTIONS = ("data", "split", "classnames", "templates", "image_column", "label_column", *CORRUPTION_OPTIONS)
+TASK_OPTIONS = (
+    "data",
+    "split",
+    "prompts",
+    "classnames",
+    "templates",
+    "image_column",
+    "label_column",
+    *CORRUPTION_OPTIONS,
+)
 """The keys of a task's spec."""
 
 
@@ -90,12 +100,14 @@ def make_task(name: str, spec: Any, *, split: str | None = None, purpose: Purpos
 
     Args:
         name: what the task is called.
-        spec: a dataset object, a path, a hub id, or a mapping with `data` and optionally `split`, `classnames`,
-            `templates`, `image_column`, `label_column`, and `corruption` with `severity`, `corruption_constants` and
-            `corruption_seed`, which are those of `Corruption`. A mapping with `_target_` is called; any other
-            mapping with `path` goes to `datasets.load_dataset`. `classnames` is a list or a mapping from the
-            dataset's label names to prompts. A list of the dataset's own label names, in whatever order, is matched
-            by name; any other list is in the order of the dataset's labels.
+        spec: a dataset object, a path, a hub id, or a mapping with `data` and optionally `split`, `prompts`,
+            `classnames`, `templates`, `image_column`, `label_column`, and `corruption` with `severity`,
+            `corruption_constants` and `corruption_seed`, which are those of `Corruption`. A mapping with `_target_` is
+            called; any other mapping with `path` goes to `datasets.load_dataset`. `classnames` is a list or a mapping
+            from the dataset's label names to prompts. A list of the dataset's own label names, in whatever order, is
+            matched by name; any other list is in the order of the dataset's labels. `prompts` names a published prompt
+            set: its class names belong to the labels by position, whatever the dataset calls them; `classnames` and
+            `templates` beside it win, each for itself.
         split: the split to take where the spec names none; what is the default without is said at `read_data`.
         purpose: what the images are for; labels may be missing for adaptation alone.
 
@@ -120,11 +132,16 @@ def make_task(name: str, spec: Any, *, split: str | None = None, purpose: Purpos
     label = options.get("label_column")
     if label is None:
         label = _find_column("label", columns, _LABEL_COLUMNS, ClassLabel, data)
-    if label is None and (purpose is not Purpose.ADAPTATION or not options.get("classnames")):
+    prompts = _prompts(name, options)
+    given = options.get("classnames")
+    if label is None and (purpose is not Purpose.ADAPTATION or not (given or prompts)):
         more = "; images without labels can be adapted on, if `classnames` are given, but not scored"
         raise _no_column(name, "label", columns, f"name it with `label_column`{more}")
-    classnames = make_classnames(name, options.get("classnames"), _own_classnames(data, label))
-    templates = _templates(name, options)
+    if prompts is not None and not given:
+        classnames = prompts.classnames  # never matched by name: published datasets spell their labels otherwise
+    else:
+        classnames = make_classnames(name, given, _own_classnames(data, label))
+    templates = _templates(name, options, prompts)
     if label is not None and _labels_are_missing(name, data, label, len(classnames), purpose):
         label = None
     return ImageTask(name, data, image, label, classnames, templates, chosen, corruption)
@@ -158,11 +175,24 @@ def _corruption(name: str, options: Mapping[str, Any]) -> Corruption | None:
         raise DataError(f"task `{name}`: {error}") from error
 
 
-def _templates(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+def _prompts(name: str, options: Mapping[str, Any]) -> PromptSet | None:
+    given = options.get("prompts")
+    if given is None:
+        return None
+    if not isinstance(given, str):
+        raise DataError(f"`prompts`={given!r} of `{name}` is not the name of a prompt set, such as cifar10")
+    try:
+        return prompt_set(given)
+    except DataError as error:
+        raise DataError(f"task `{name}`: {error}") from error
+
+
+def _templates(name: str, options: Mapping[str, Any], prompts: PromptSet | None) -> tuple[str, ...]:
     given = options.get("templates") or ()
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise DataError(f"`templates`={given!r} of `{name}` is not a list; write [{given}]")
-    templates = tuple(map(str, given)) or _own_templates(options["data"]) or (DEFAULT_TEMPLATE,)
+    published = prompts.templates if prompts is not None else ()
+    templates = tuple(map(str, given)) or published or _own_templates(options["data"]) or (DEFAULT_TEMPLATE,)
     for template in templates:
         if "{}" not in template:
             raise DataError(f"template {template!r} of `{name}` has no `{{}}` for the class name")

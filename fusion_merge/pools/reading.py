@@ -10,7 +10,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import (
+    Dataset,
     DatasetDict,
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -24,6 +26,9 @@ from fusion_merge.files import misspelt
 from fusion_merge.pools.cached_data import check_revision
 from fusion_merge.pools.folders import read_file, read_folder, split_called
 from fusion_merge.zoo import SCHEME
+
+HELD_OUT = "held_out"
+"""The name of the split that `held_out` makes."""
 
 
 class Purpose(StrEnum):
@@ -45,7 +50,8 @@ def read_data(name: str, data: Any, split: str | None, purpose: Purpose) -> tupl
         name: what the task is called, for errors.
         data: a dataset object, a path, a hub id, `zoo://…`, or a mapping with `_target_` or `path`.
         split: the split that was named. By default `train` for fine-tuning, `test` or else `validation` for
-            everything else; data whose only split is named otherwise, or without splits, are taken whole.
+            everything else; data whose only split is named otherwise, or without splits, are taken whole. `held_out`,
+            where the data have no split of that name, is a random tenth of `train`: see `held_out`.
         purpose: what the images are for.
 
     Raises:
@@ -71,6 +77,19 @@ def same_split(first: str, second: str) -> bool:
         second: the other.
     """
     return first == second or (split_called(first) is not None and split_called(first) == split_called(second))
+
+
+def held_out(train: Dataset) -> Dataset:
+    """Return a random tenth of training images, rounded down: the same one always, and the one that fusion_bench takes.
+
+    It stands in for the validation split that most published datasets lack. Whoever fine-tuned on all of `train` has
+    seen these images.
+
+    Args:
+        train: at least ten images.
+    """
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    return train.select(order[len(train) - int(len(train) * 0.1) :].tolist())
 
 
 def zoo_task(source: str) -> tuple[Any, str]:
@@ -147,6 +166,8 @@ def _pick_split(name: str, data: Any, split: str | None, purpose: Purpose) -> tu
     found = _default_split(data, purpose) if split is None else _named_split(data, split)
     if found is not None:
         return data[found], found
+    if split == HELD_OUT and (train := _named_split(data, "train")):
+        return held_out(data[train]), HELD_OUT
     there = f"the dataset of `{name}` has the splits {', '.join(data)}"
     if split is not None:
         raise DataError(f"{there}, but `split`={split!r} is not one of them")

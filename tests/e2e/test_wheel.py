@@ -49,3 +49,7 @@ def test_the_wheel_is_what_was_run(site, tmp_path):
     package = site / "fusion_merge"
     assert result.stdout.splitlines() == [str(package / "__init__.py"), str(package / "config")]
     assert (site / "fusion_merge" / "py.typed").is_file()
+    for folder in ("fusion_merge/pools/prompts", "config/dataset/task", "config/model", "config/modelpool"):
+        installed = site / (folder if folder.startswith("fusion_merge") else f"fusion_merge/{folder}")
+        source = {str(f.relative_to(ROOT / folder)) for f in (ROOT / folder).rglob("*.yaml")}
+        assert {str(f.relative_to(installed)) for f in installed.rglob("*.yaml")} == source != set()

@@ -1,0 +1,55 @@
+"""Further names of presets: fusion_bench's long paths, and the task pool that goes with a model pool.
+
+They are made from the files in `config/` when Hydra is set up, so that they work wherever Hydra looks for a preset: in
+sweeps, in defaults lists, in `hydra.compose`. A file of the same name comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.resources import files
+
+from hydra.core.config_store import ConfigStore
+
+CONFIG = "fusion_merge.config"
+"""The package that holds the presets."""
+
+LONG_PATHS = {"modelpool": "CLIPVisionModelPool", "taskpool": "CLIPVisionModelTaskPool"}
+"""The folders that fusion_bench keeps the presets of these groups in."""
+
+_ENDING = ".yaml"
+
+
+def preset_names(group: str) -> list[str]:
+    """Return the presets of a group, sorted.
+
+    Args:
+        group: such as `modelpool` or `dataset/task`.
+    """
+    folder = files(CONFIG).joinpath(*group.split("/"))
+    return sorted(entry.name.removesuffix(_ENDING) for entry in folder.iterdir() if entry.name.endswith(_ENDING))
+
+
+def register_presets(modelpools: Iterable[str] = ()) -> None:
+    """Make the further names known to Hydra.
+
+    Each preset has its long path too. A model pool that has no task pool of its name is scored on its own
+    `test_datasets`, which is what the task pool `clip_vision` does where it is given no tasks.
+
+    Args:
+        modelpools: model pools that are not among the presets, such as those of a user's own `--config-dir`.
+    """
+    pools, taskpools = preset_names("modelpool"), preset_names("taskpool")
+    for name in pools:
+        _alias("modelpool", f"{LONG_PATHS['modelpool']}/{name}", name)
+    for name in taskpools:
+        _alias("taskpool", f"{LONG_PATHS['taskpool']}/{name}", name)
+    long = {f"{LONG_PATHS['modelpool']}/{name}": name for name in pools}
+    for name in {*pools, *long, *modelpools} - {*taskpools}:
+        short = long.get(name, name)
+        _alias("taskpool", name, short if short in taskpools else "clip_vision")
+
+
+def _alias(group: str, name: str, target: str) -> None:
+    folder, _, short = f"{group}/{name}".rpartition("/")
+    ConfigStore.instance().store(group=folder, name=short, node={"defaults": [f"/{group}/{target}@_here_"]})
