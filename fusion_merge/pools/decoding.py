@@ -37,7 +37,7 @@ def decoded(value: Any, folder: Path | None = None) -> Any:
     if isinstance(value, bytes | bytearray):
         return _DECODER.decode_example({"bytes": bytes(value), "path": None})
     if isinstance(value, str | Path):
-        return _DECODER.decode_example({"bytes": None, "path": str(absolute(value, folder))})
+        return _decoded_file(absolute(value, folder))
     if not (isinstance(value, Mapping) and {"bytes", "path"} & value.keys()):
         return value
     content, path = value.get("bytes"), value.get("path")
@@ -45,7 +45,13 @@ def decoded(value: Any, folder: Path | None = None) -> Any:
         return _DECODER.decode_example({"bytes": content, "path": path})
     if not path:
         raise ValueError("there is no image, neither its bytes nor a path")
-    return _DECODER.decode_example({"bytes": None, "path": str(absolute(path, folder))})
+    return _decoded_file(absolute(path, folder))
+
+
+def _decoded_file(path: Path | str) -> Any:
+    """Return the picture in a file, which is closed then, whatever is wrong with it."""
+    content = path.read_bytes() if isinstance(path, Path) else None
+    return _DECODER.decode_example({"bytes": content, "path": str(path)})
 
 
 def file_name(value: Any, folder: Path | None = None) -> str | None:

@@ -27,7 +27,7 @@ def fitting_workers(wanted: int, num_loaders: int, batches: int | None = None) -
 
 
 def available_cpus() -> int:
-    """Return how many CPUs this process may use, at least 1: its affinity, and the share of its container or service."""
+    """Return how many CPUs this process may use, at least 1: its affinity, and its container's or service's share."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(min([allowed, *_quotas()])))
 
