@@ -22,6 +22,10 @@ class DataError(FusionMergeError, ValueError):
     """A dataset cannot be found, read, or used for classification."""
 
 
+class BadImageError(DataError):
+    """An image cannot be decoded or preprocessed; the others of its dataset may well be good."""
+
+
 class CheckpointError(FusionMergeError, ValueError):
     """A router checkpoint or a saved model does not fit."""
 

@@ -11,6 +11,7 @@ from typing import Any
 from fusion_merge.adaptation.loop import TaskStream
 from fusion_merge.adaptation.progress import Progress
 from fusion_merge.adaptation.runtime import Fabric, placement_of
+from fusion_merge.pools.batches import LoadedBatches
 from fusion_merge.pools.loaders import adaptation_loader, fitting_workers
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 
@@ -53,6 +54,17 @@ def task_streams(
         )
         for index, (name, pool) in enumerate(pools.items())
     }
+
+
+def close_streams(streams: Mapping[str, TaskStream]) -> None:
+    """End the worker processes that read images, whatever still refers to them, such as the traceback of an error.
+
+    Args:
+        streams: what `task_streams` returned.
+    """
+    for stream in streams.values():
+        if isinstance(stream.batches, LoadedBatches):
+            stream.batches.close()
 
 
 def open_progress(

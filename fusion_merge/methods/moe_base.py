@@ -24,7 +24,7 @@ from fusion_merge.adaptation.loop import OPTIMIZERS, AdaptationRecord, adapt
 from fusion_merge.adaptation.objectives import OBJECTIVES, make_objective
 from fusion_merge.adaptation.progress import Progress
 from fusion_merge.adaptation.runtime import check_precision, make_fabric
-from fusion_merge.adaptation.streams import open_progress, task_streams
+from fusion_merge.adaptation.streams import close_streams, open_progress, task_streams
 from fusion_merge.errors import AdaptationError, ConfigError
 from fusion_merge.files import check_writable
 from fusion_merge.methods.base import Method
@@ -230,7 +230,9 @@ class MoEMethod(Method):
         if self.checkpoint:
             load_coefficients(str(self.checkpoint), model)
         for name, pool in pools.items():
-            images = evaluation_loader(pool.images(name), _MEASURED, workers=0, placement=Placement(), limit=_MEASURED)
+            images = evaluation_loader(
+                pool.images(name), _MEASURED, workers=0, placement=Placement(), limit=_MEASURED, replace=True
+            )
             model.measure(name, (pixels for pixels, _ in images))
 
     def build(self, modelpool: CLIPVisionModelPool, device: torch.device | None = None) -> MergedCLIPVisionModel:
@@ -351,6 +353,8 @@ class MoEMethod(Method):
                     save_routers(str(self.save_checkpoint), model, self._belongs_to(modelpool))
                     log.warning("the last good routers are saved to %s", self.save_checkpoint)
             raise
+        finally:
+            close_streams(streams)
 
     def _open_progress(
         self, modelpool: CLIPVisionModelPool, pools: Mapping[str, CLIPVisionModelTaskPool], fabric: Fabric

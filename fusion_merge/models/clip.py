@@ -76,7 +76,11 @@ class Processor:
         Raises:
             DataError: if an array holds other values.
         """
-        pixels: Tensor = self.image_processor(images=as_bytes(image), return_tensors="pt")["pixel_values"][0]
+        picture = as_bytes(image)
+        options = {"return_tensors": "pt"}
+        if getattr(picture, "height", None) in (1, 3):  # which transformers 4 takes for a number of channels
+            options["input_data_format"] = "channels_last"
+        pixels: Tensor = self.image_processor(images=picture, **options)["pixel_values"][0]
         return pixels
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from fusion_merge.errors import DataError, reason
@@ -12,6 +13,9 @@ from fusion_merge.errors import DataError, reason
 
 def as_bytes(image: Any) -> Any:
     """Return a PIL image in RGB, or an array of whole numbers 0-255.
+
+    Transparency is dropped, as the processors of transformers 4 do, with which the published figures were made; those
+    of transformers 5 put a white ground behind it. Grey pictures of 16 bits keep their upper 8.
 
     Args:
         image: a PIL image, or an array or tensor of whole numbers 0-255 or of floating-point numbers 0-1.
@@ -22,8 +26,8 @@ def as_bytes(image: Any) -> Any:
     Raises:
         DataError: if it is neither, or holds other values.
     """
-    if hasattr(image, "convert"):
-        return image.convert("RGB")
+    if isinstance(image, Image.Image):
+        return _in_rgb(image)
     try:
         array = _array(image)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -38,6 +42,19 @@ def as_bytes(image: Any) -> Any:
             "give a PIL image, whole numbers 0-255, or floating-point numbers 0-1, not normalised yet"
         )
     return np.rint(array * 255).astype(np.uint8) if floating else array.astype(np.uint8)
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture in RGB as PIL converts it: transparency is dropped, animations show their current frame."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # PIL would cut it off at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")  # as PIL reads RGB of 16 bits
+    if image.mode in ("I", "F"):
+        return Image.fromarray(as_bytes(np.asarray(image))).convert("RGB")
+    if image.mode == "P":  # by way of RGBA, which gives the same and no advice about transparency
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
 
 
 def _array(image: Any) -> np.ndarray:

@@ -31,8 +31,9 @@ def adaptation_pools(
     own = modelpool.test_datasets
     scored = taskpool.specs if taskpool is not None else {}
     pools: dict[str, CLIPVisionModelTaskPool] = {}
+    alike = taskpool is not None and taskpool.on_bad_image is modelpool.on_bad_image
     for name in modelpool.model_names:
-        if taskpool is not None and name in scored and (name not in own or _same(own[name], scored[name])):
+        if taskpool is not None and name in scored and (name not in own or (alike and _same(own[name], scored[name]))):
             pools[name] = taskpool  # where both pools have the same images, heads and preprocessing are shared
         elif name in own:
             pools[name] = modelpool.task_pool()

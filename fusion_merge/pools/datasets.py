@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Value
 
 from fusion_merge.errors import ConfigError, DataError, nearest
 from fusion_merge.pools.classnames import make_classnames
 from fusion_merge.pools.corruptions import Corruption
+from fusion_merge.pools.decoding import decoded, file_name, holds_images, holds_texts, undecoded
+from fusion_merge.pools.labels import label_number, labels_are_missing, labels_in_order, own_labels
 from fusion_merge.pools.prompts import PromptSet, prompt_set
-from fusion_merge.pools.reading import Purpose, read_data, zoo_task
+from fusion_merge.pools.reading import Purpose, folder_of, open_data, pick_split, zoo_task
+from fusion_merge.pools.tables import check_files
 from fusion_merge.zoo import SCHEME
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "jpeg", "webp")
+_PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "file_path", "image_path")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 UNLABELLED = -1
 """The label of an image that has none."""
@@ -50,13 +54,15 @@ class ImageTask:
     Attributes:
         name: what the task is called.
         data: the images and labels: items are mappings, or (image, label) pairs.
-        image_column: where an item's image is.
-        label_column: where an item's label is: an integer from 0 to the number of classes less one; None if there
-            are no labels.
+        image_column: where an item's image is: a picture, a path, or what else `decoded` takes.
+        label_column: where an item's label is: an integer from 0 to the number of classes less one, or a key of
+            `label_numbers`; None if there are no labels.
         classnames: one name a class.
         templates: prompts with a `{}` for the class name.
         split: the split that the data are, where it has a name.
         corruption: what is done to each image before it is preprocessed.
+        folder: what relative paths of images are relative to; by default the working directory.
+        label_numbers: which class each label is, where labels are not the numbers of the classes.
     """
 
     name: str
@@ -67,6 +73,8 @@ class ImageTask:
     templates: tuple[str, ...]
     split: str | None = None
     corruption: Corruption | None = None
+    folder: Path | None = None
+    label_numbers: Mapping[Any, int] | None = None
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -82,17 +90,24 @@ class ImageTask:
             DataError: if the label is not one of the classes.
         """
         row = self.data[index]
-        if self.label_column is None:
-            return row[self.image_column], UNLABELLED
-        value = row[self.label_column]
-        label = int(value)
-        if label != value:
-            raise DataError(f"`{self.name}`: image {index} has label {value!r}, not a whole number")
-        if not 0 <= label < len(self.classnames):
-            raise DataError(
-                f"`{self.name}`: image {index} has label {label}, but there are {len(self.classnames)} classes"
-            )
-        return row[self.image_column], label
+        label = UNLABELLED
+        if self.label_column is not None:
+            try:
+                label = label_number(row[self.label_column], len(self.classnames), self.label_numbers)
+            except DataError as error:
+                raise DataError(f"`{self.name}`: image {index} has {error}") from error
+        return decoded(row[self.image_column], self.folder), label
+
+    def file_name(self, index: int) -> str | None:
+        """Return the path, or at least the file name, of one image, if it has one; the image is not decoded.
+
+        Args:
+            index: from 0 to the number of images less one.
+        """
+        try:
+            return file_name(self.data[index][self.image_column], self.folder)
+        except Exception:  # what is asked for an error message must not raise another
+            return None
 
 
 def make_task(name: str, spec: Any, *, split: str | None = None, purpose: Purpose = Purpose.SCORING) -> ImageTask:
@@ -105,10 +120,12 @@ def make_task(name: str, spec: Any, *, split: str | None = None, purpose: Purpos
             `corruption_constants` and `corruption_seed`, which are those of `Corruption`. A mapping with `_target_` is
             called; any other mapping with `path` goes to `datasets.load_dataset`. `classnames` is a list or a mapping
             from the dataset's label names to prompts. A list of the dataset's own label names, in whatever order, is
-            matched by name; any other list is in the order of the dataset's labels. `prompts` names a published prompt
-            set: its class names belong to the labels by position, whatever the dataset calls them; `classnames` and
-            `templates` beside it win, each for itself.
-        split: the split to take where the spec names none; what is the default without is said at `read_data`.
+            matched by name; any other list is in the order of the dataset's labels. Labels in words are classes in
+            alphabetical order, unless `classnames` has them all; integers without names may be keys of `classnames`.
+            `prompts` names a published prompt set: its class names belong to the labels by position, whatever the
+            dataset calls them; `classnames` and `templates` beside it win, each for itself. An image is a picture, the
+            bytes of a file, or a path, relative to the folder of the table that it is in.
+        split: the split to take where the spec names none; what is the default without is said at `pick_split`.
         purpose: what the images are for; labels may be missing for adaptation alone.
 
     Raises:
@@ -116,7 +133,9 @@ def make_task(name: str, spec: Any, *, split: str | None = None, purpose: Purpos
     """
     options = _options(name, spec)
     corruption = _corruption(name, options)
-    data, chosen = read_data(name, options["data"], options.get("split") or split, purpose)
+    wanted = options.get("split") or split
+    loaded = open_data(name, options["data"], wanted, purpose)
+    data, chosen = pick_split(name, loaded, wanted, purpose)
     columns = _columns(name, data)
     for kind in ("image_column", "label_column"):
         column = options.get(kind)
@@ -126,25 +145,41 @@ def make_task(name: str, spec: Any, *, split: str | None = None, purpose: Purpos
             )
     image = options.get("image_column")
     if image is None:
-        image = _find_column("image", columns, _IMAGE_COLUMNS, Image, data)
+        image = _find_column("image", columns, _IMAGE_COLUMNS, data)
     if image is None:
         raise _no_column(name, "image", columns, "name it with `image_column`")
     label = options.get("label_column")
     if label is None:
-        label = _find_column("label", columns, _LABEL_COLUMNS, ClassLabel, data)
+        label = _find_column("label", columns, _LABEL_COLUMNS, data)
     prompts = _prompts(name, options)
     given = options.get("classnames")
     if label is None and (purpose is not Purpose.ADAPTATION or not (given or prompts)):
         more = "; images without labels can be adapted on, if `classnames` are given, but not scored"
         raise _no_column(name, "label", columns, f"name it with `label_column`{more}")
+    folder = folder_of(options["data"])
+    _check_images(name, data, image, folder)
+    own, numbered = own_labels(loaded, data, label, given)
+    keys = labels_in_order(own, given) if own and not numbered else None
     if prompts is not None and not given:
         classnames = prompts.classnames  # never matched by name: published datasets spell their labels otherwise
     else:
-        classnames = make_classnames(name, given, _own_classnames(data, label))
+        classnames = make_classnames(name, given, own if keys is None else list(map(str, keys)))
+    numbers = {key: number for number, key in enumerate(keys)} if keys is not None else None
     templates = _templates(name, options, prompts)
-    if label is not None and _labels_are_missing(name, data, label, len(classnames), purpose):
+    if label is not None and labels_are_missing(name, data, label, numbers, len(classnames), purpose):
         label = None
-    return ImageTask(name, data, image, label, classnames, templates, chosen, corruption)
+    return ImageTask(
+        name,
+        undecoded(data, image, label),
+        image,
+        label,
+        classnames,
+        templates,
+        split=chosen,
+        corruption=corruption,
+        folder=folder,
+        label_numbers=numbers,
+    )
 
 
 def _options(name: str, spec: Any) -> dict[str, Any]:
@@ -214,28 +249,39 @@ def _columns(name: str, data: Any) -> list[str | int]:
     return list(data.column_names) if isinstance(data, Dataset) else keys
 
 
-def _find_column(
-    kind: str, columns: Sequence[str | int], usual: Sequence[str], feature: type, data: Any
-) -> str | int | None:
+def _find_column(kind: str, columns: Sequence[str | int], usual: Sequence[str], data: Any) -> str | int | None:
     for column in usual:
         if column in columns:
             return column
     if isinstance(data, Dataset):
-        typed = [column for column, f in data.features.items() if isinstance(f, feature)]
+        fits = holds_images if kind == "image" else _is_class_label
+        typed = [column for column in data.features if fits(data, column)]
         if len(typed) == 1:
             return str(typed[0])
-    elif 0 in columns and len(columns) == 2:
-        return ("image", "label").index(kind)
-    return None
+        paths = [column for column in _PATH_COLUMNS if holds_texts(data, column)] if kind == "image" else []
+        return paths[0] if len(paths) == 1 else None
+    return ("image", "label").index(kind) if 0 in columns and len(columns) == 2 else None
+
+
+def _is_class_label(data: Dataset, column: str) -> bool:
+    return isinstance(data.features[column], ClassLabel)
+
+
+def _check_images(name: str, data: Any, image: str | int, folder: Path | None) -> None:
+    """Refuse a column that holds no images, or paths to files that are not there."""
+    if holds_texts(data, image):
+        check_files(name, data.with_format(None).select_columns([image])[:][image], folder)
+        return
+    feature = data.features[image] if isinstance(data, Dataset) else None
+    if isinstance(feature, Value) and not holds_images(data, str(image)):
+        raise DataError(
+            f"column `{image}` of `{name}` holds {feature.dtype} values, not images or paths to images; "
+            "name another with `image_column`"
+        )
 
 
 def _no_column(name: str, kind: str, columns: Sequence[str | int], way_out: str) -> DataError:
     return DataError(f"the dataset of `{name}` has no {kind} column among {', '.join(map(str, columns))}; {way_out}")
-
-
-def _own_classnames(data: Any, label: str | int | None) -> list[str] | None:
-    feature = data.features.get(label) if isinstance(data, Dataset) else None
-    return [str(n) for n in feature.names] if isinstance(feature, ClassLabel) else None
 
 
 def _own_templates(source: Any) -> tuple[str, ...]:
@@ -243,28 +289,3 @@ def _own_templates(source: Any) -> tuple[str, ...]:
         return ()
     pool, task = zoo_task(source)
     return tuple(pool.templates(task))
-
-
-def _labels_are_missing(name: str, data: Any, label: str | int, num_classes: int, purpose: Purpose) -> bool:
-    """Return whether images lack labels, where they may; refuse labels that do not fit."""
-    if not isinstance(data, Dataset):
-        return False
-    values = data.select_columns([label])[:][label]
-    try:
-        labels = np.asarray([-1 if value is None else value for value in values])
-    except ValueError as error:  # lists of different lengths
-        raise DataError(f"column `{label}` of `{name}` holds lists, not integer labels") from error
-    if labels.dtype.kind not in "iub" or labels.ndim != 1:
-        kind = "lists" if labels.ndim != 1 else f"{labels.dtype} values"
-        raise DataError(f"column `{label}` of `{name}` holds {kind}, not integer labels")
-    if labels.max() >= num_classes:
-        raise DataError(
-            f"the dataset of `{name}` has labels up to {labels.max()}, but there are {num_classes} class names; "
-            "give one name for each class with `classnames`"
-        )
-    missing = bool(labels.min() < 0)
-    if missing and purpose is not Purpose.ADAPTATION:
-        raise DataError(
-            f"the dataset of `{name}` has images without a label (label {labels.min()}); take a labelled split"
-        )
-    return missing

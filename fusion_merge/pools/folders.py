@@ -12,9 +12,16 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dat
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from fusion_merge.errors import DataError
+from fusion_merge.pools.tables import DELIMITERS, read_tables
 
 _DISK_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
-_KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
+_KINDS = {
+    ".parquet": "parquet",
+    ".json": "json",
+    ".jsonl": "json",
+    ".arrow": "arrow",
+    **dict.fromkeys(DELIMITERS, "csv"),
+}
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _ENDINGS = frozenset(ImageFolder.EXTENSIONS)
 _SPLIT_NAMES = {
@@ -38,14 +45,15 @@ def read_file(file: Path) -> Dataset | DatasetDict:
     """Read one file of images; a split that its name tells is kept.
 
     Args:
-        file: parquet, JSON, CSV or Arrow.
+        file: parquet, JSON, CSV, TSV or Arrow.
 
     Raises:
         DataError: if it is of another kind.
     """
-    if file.suffix not in _KINDS:
+    kind = _KINDS.get(file.suffix.lower())
+    if kind is None:
         raise DataError(f"`{file}` is of no known kind; known are {', '.join(_KINDS)}, or a folder")
-    return _read_files(_KINDS[file.suffix], file.parent, [PurePath(file.name)])
+    return _read_files(kind, file.parent, [PurePath(file.name)])
 
 
 def read_folder(folder: Path) -> Dataset | DatasetDict:
@@ -100,6 +108,9 @@ def _read_files(kind: str, folder: Path, files: Sequence[PurePath]) -> Dataset |
     for file in files:
         splits.setdefault(_split_of(file), []).append(str(folder / file))
     nameless = splits.pop(None, [])
+    if kind == "csv":
+        tables = {split: read_tables([Path(f) for f in paths]) for split, paths in splits.items()}
+        return DatasetDict(tables) if tables else read_tables([Path(f) for f in nameless])
     if not splits:
         return load_dataset(kind, data_files=nameless, split="train")  # what `datasets` calls a split without a name
     if nameless:

@@ -26,6 +26,7 @@ from fusion_merge.models.lora import LoraState
 from fusion_merge.models.revisions import hub_commit
 from fusion_merge.models.sources import LazyState, ModelFiles, fingerprint
 from fusion_merge.models.task_models import TaskModels
+from fusion_merge.pools.pool_options import bad_image_option
 from fusion_merge.pools.reading import Purpose
 from fusion_merge.pools.references import Reference, check_table, reference_of
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
@@ -60,6 +61,7 @@ class CLIPVisionModelPool:
         test_datasets: for each task, images to adapt on; where a task's `classnames` are given, they need no labels.
         fast_dev_run: read one batch a task, to try things out.
         platform: where hub ids are looked up; `hf`, or `huggingface`, is the only one.
+        on_bad_image: what becomes of bad images of these datasets, `error` or `skip`; see `CLIPVisionModelTaskPool`.
 
     Raises:
         ConfigError: if there are no models, or no `_pretrained_` among them.
@@ -74,6 +76,7 @@ class CLIPVisionModelPool:
         test_datasets: Mapping[str, Any] | None = None,
         fast_dev_run: bool = False,
         platform: str = "hf",
+        on_bad_image: str = "error",
     ) -> None:
         check_table(models, "models", _EXAMPLE)
         for option, value in (("train_datasets", train_datasets), ("test_datasets", test_datasets)):
@@ -92,6 +95,7 @@ class CLIPVisionModelPool:
         self.train_datasets = dict(train_datasets or {})
         self.test_datasets = dict(test_datasets or {})
         self.fast_dev_run = fast_dev_run
+        self.on_bad_image = bad_image_option(on_bad_image, "model pool")
         self._states: dict[str, tuple[CLIPVisionConfig, State]] = {}
         self._fingerprints: dict[str, str] = {}
         self._commits: dict[str, str | None] = {}
@@ -222,7 +226,9 @@ class CLIPVisionModelPool:
             if not datasets:
                 raise ConfigError(f"the model pool has no `{split}_datasets`; give them, or a task pool with tasks")
             purpose = Purpose.FINE_TUNING if split == "train" else Purpose.ADAPTATION
-            pool = CLIPVisionModelTaskPool(datasets, fast_dev_run=self.fast_dev_run, purpose=purpose)
+            pool = CLIPVisionModelTaskPool(
+                datasets, fast_dev_run=self.fast_dev_run, purpose=purpose, on_bad_image=self.on_bad_image
+            )
             self.lend_pretrained(pool)
             self._task_pools[split] = pool
         return self._task_pools[split]

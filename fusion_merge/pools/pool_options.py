@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 
 from fusion_merge.errors import ConfigError, nearest
 from fusion_merge.options import LARGEST
+from fusion_merge.pools.images import OnBadImage
 from fusion_merge.pools.references import PROCESSORS, Reference, check_table, reference_of
 
 
@@ -78,6 +79,22 @@ def made_from(config: Mapping[str, Any], option: str) -> Any:
         return instantiate(dict(config))
     except Exception as error:  # what a config calls may fail in any way
         raise ConfigError(f"`{option}` cannot be made from its config: {error}") from error
+
+
+def bad_image_option(given: Any, pool: str) -> OnBadImage:
+    """Return what becomes of bad images.
+
+    Args:
+        given: what was given as `on_bad_image`.
+        pool: whose option it is, for errors.
+
+    Raises:
+        ConfigError: if there is no such choice.
+    """
+    known = [choice.value for choice in OnBadImage]
+    if given not in known:
+        raise ConfigError(f"`on_bad_image`={given!r} of the {pool} is none of {', '.join(known)}")
+    return OnBadImage(given)
 
 
 def loader_options(batch_size: Any, num_workers: Any, more: Mapping[str, Any]) -> tuple[int, int]:

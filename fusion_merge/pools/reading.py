@@ -43,30 +43,27 @@ class NoSplits(DataError):
     """A split was named of data that have none."""
 
 
-def read_data(name: str, data: Any, split: str | None, purpose: Purpose) -> tuple[Any, str | None]:
-    """Read the data of a task, one split of them; return them and the name of the split, where it has one.
+def open_data(name: str, data: Any, split: str | None, purpose: Purpose) -> Any:
+    """Open the data of a task, with all splits that they have.
 
     Args:
         name: what the task is called, for errors.
         data: a dataset object, a path, a hub id, `zoo://…`, or a mapping with `_target_` or `path`.
-        split: the split that was named. By default `train` for fine-tuning, `test` or else `validation` for
-            everything else; data whose only split is named otherwise, or without splits, are taken whole. `held_out`,
-            where the data have no split of that name, is a random tenth of `train`: see `held_out`.
+        split: the split that was named, if one was.
         purpose: what the images are for.
 
     Raises:
-        DataError: if the data cannot be read, or have no such split.
+        DataError: if the data cannot be read.
     """
     try:
         with _no_bars_without_a_terminal():
-            loaded = _load(data, split, purpose)
+            return _load(data, split, purpose)
     except DataError as error:
         raise DataError(f"task `{name}`: {error}") from error
     except Exception as error:  # dataset builders raise errors of every kind
         if "corresponds to no data" in str(error):
             raise DataError(f"the dataset of `{name}` is empty; give one with at least one image") from error
         raise DataError(f"cannot read the dataset of `{name}` from `{data}`: {error}") from error
-    return _pick_split(name, loaded, split, purpose)
 
 
 def same_split(first: str, second: str) -> bool:
@@ -121,6 +118,18 @@ def _no_bars_without_a_terminal() -> Iterator[None]:
             enable_progress_bars()
 
 
+def folder_of(data: Any) -> Path | None:
+    """Return what paths in a table of images are relative to: its folder, or None for what is no table in a file.
+
+    Args:
+        data: as `open_data` takes it.
+    """
+    if not isinstance(data, str | Path) or str(data).startswith(SCHEME):
+        return None
+    local = Path(data).expanduser()
+    return local.parent.absolute() if local.is_file() else local.absolute() if local.is_dir() else None
+
+
 def _load(data: Any, split: str | None, purpose: Purpose) -> Any:
     if isinstance(data, Mapping) and not isinstance(data, DatasetDict):
         if "_target_" in data:
@@ -144,7 +153,9 @@ def _load_path(source: str, split: str | None, purpose: Purpose) -> Any:
     if meant := misspelt(source):
         raise DataError(meant)
     if source.startswith((".", "/", "~")):
-        raise DataError(f"`{source}` does not exist; give a folder of images, parquet, a saved dataset or a hub id")
+        raise DataError(
+            f"`{source}` does not exist; give images, parquet, a table of paths, a saved dataset or a hub id"
+        )
     hub_id, _, revision = source.partition("@")
     return _of_that_revision(load_dataset(hub_id, revision=revision or None), {"path": hub_id, "revision": revision})
 
@@ -157,7 +168,20 @@ def _of_that_revision(loaded: Any, options: Mapping[str, Any]) -> Any:
     return loaded
 
 
-def _pick_split(name: str, data: Any, split: str | None, purpose: Purpose) -> tuple[Any, str | None]:
+def pick_split(name: str, data: Any, split: str | None, purpose: Purpose) -> tuple[Any, str | None]:
+    """Return one split of data, and its name, where it has one.
+
+    Args:
+        name: what the task is called, for errors.
+        data: what `open_data` returned.
+        split: the split that was named. By default `train` for fine-tuning, `test` or else `validation` for
+            everything else; data whose only split is named otherwise, or without splits, are taken whole. `held_out`,
+            where the data have no split of that name, is a random tenth of `train`: see `held_out`.
+        purpose: what the images are for.
+
+    Raises:
+        DataError: if there is no such split.
+    """
     if not isinstance(data, DatasetDict):
         if split is None:
             own = getattr(data, "split", None)  # what `load_dataset(…, split=…)` was told

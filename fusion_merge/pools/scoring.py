@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from fusion_merge.errors import ModelError
+from fusion_merge.errors import DataError, ModelError
 from fusion_merge.models.clip import pooled_output
 from fusion_merge.pools.loaders import Placement
 
@@ -25,29 +25,37 @@ class Counts:
     Attributes:
         accuracy: of the largest logit.
         loss: the cross-entropy.
+        scored: how many images these are of.
+        skipped: how many bad images were left out; whoever reads the images counts them.
     """
 
     accuracy: MulticlassAccuracy
     loss: MeanMetric
+    scored: SumMetric
+    skipped: SumMetric
 
     def scores(self, task: str) -> dict[str, float]:
-        """Return `accuracy` (share of 0-1) and `loss` (mean cross-entropy) over the images of all processes.
+        """Return `accuracy` (share of 0-1), `loss` (mean cross-entropy) and `skipped` over all processes' images.
 
         Args:
             task: the task's name, for errors.
 
         Raises:
+            DataError: if there was no good image.
             ModelError: if the loss is no finite number.
         """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The ``compute`` method")  # a process may have had no batch
+            scored, skipped = int(self.scored.compute().item()), int(self.skipped.compute().item())
+            if scored == 0 and skipped > 0:
+                raise DataError(f"all {skipped} images of task `{task}` that were to be scored are bad")
             scores = {"accuracy": self.accuracy.compute().item(), "loss": self.loss.compute().item()}
         if not math.isfinite(scores["loss"]):
             raise ModelError(
                 f"the loss on task `{task}` is no finite number: the model's outputs are not; choose smaller merging "
                 "coefficients, or look for broken weights"
             )
-        return scores
+        return {**scores, "skipped": skipped}
 
 
 @torch.no_grad()  # not inference mode: images and heads made here are adapted on later
@@ -71,6 +79,7 @@ def count(
     tower, head = tower.to(device).eval(), head.to(device)
     accuracy = MulticlassAccuracy(max(num_classes, 2), average="micro", sync_on_compute=several).to(device)
     loss = MeanMetric(nan_strategy=math.inf, sync_on_compute=several).to(device)  # NaN must not be left out
+    scored, skipped = (SumMetric(sync_on_compute=several).to(device) for _ in range(2))
     dtype = next((p.dtype for p in tower.parameters()), torch.float32)
     for pixels, labels in batches:
         labels = labels.to(device)
@@ -79,4 +88,5 @@ def count(
         logits = head(pooled.float()).float()  # (B, C); the head in full precision, as in adaptation
         accuracy.update(logits.argmax(dim=-1), labels)
         loss.update(F.cross_entropy(logits, labels, reduction="none"))
-    return Counts(accuracy, loss)
+        scored.update(len(labels))
+    return Counts(accuracy, loss, scored, skipped)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -32,13 +33,23 @@ from fusion_merge.models.sources import fingerprint
 from fusion_merge.models.task_models import TaskModels
 from fusion_merge.pools.datasets import ImageTask, make_task
 from fusion_merge.pools.heads import ZeroShotHead, prompts_of, zero_shot_head
+from fusion_merge.pools.images import OnBadImage
 from fusion_merge.pools.loaders import Placement, TaskImages, evaluation_loader, fitting_workers
-from fusion_merge.pools.pool_options import clip_source, loader_options, made_from, processor_source, task_specs
+from fusion_merge.pools.pool_options import (
+    bad_image_option,
+    clip_source,
+    loader_options,
+    made_from,
+    processor_source,
+    task_specs,
+)
 from fusion_merge.pools.reading import Purpose
 from fusion_merge.pools.references import Reference
 from fusion_merge.pools.scoring import Counts, count
 from fusion_merge.pools.specs import with_split
 from fusion_merge.processes import together
+
+log = logging.getLogger(__name__)
 
 RESERVED = ("average", "averages", "baselines", "evaluation", "model_info", "routings", "run")
 """Names that a report uses for itself: no task may have them."""
@@ -87,6 +98,8 @@ class CLIPVisionModelTaskPool(TaskPool):
         split: the split to take, where a task names none. By default `test`, or else `validation`, or else the only
             one.
         purpose: what the images are for; the model pool makes pools to adapt and to fine-tune on.
+        on_bad_image: `error`, or `skip`: an image that cannot be decoded or preprocessed is left out of scores, and
+            the next good one takes its place in adaptation. A file that is not there is always an error.
 
     Raises:
         ConfigError: if an option is out of range.
@@ -107,6 +120,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         fast_dev_run: bool = False,
         split: str | None = None,
         purpose: Purpose = Purpose.SCORING,
+        on_bad_image: str = "error",
     ) -> None:
         specs = task_specs(tasks, test_datasets)
         if not specs:
@@ -117,6 +131,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         if type(fast_dev_run) is not bool:
             raise ConfigError(f"`fast_dev_run`={fast_dev_run!r} of the task pool is neither true nor false")
         self.batch_size, self.num_workers = loader_options(batch_size, num_workers, dataloader_kwargs or {})
+        self.on_bad_image = bad_image_option(on_bad_image, "task pool")
         self.fast_dev_run = fast_dev_run
         self.split = split
         self.purpose = purpose
@@ -128,6 +143,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         self._heads: dict[str, ZeroShotHead] = {}
         self._origin: CLIPVisionModelTaskPool | None = None
         self._splits: dict[tuple[str, ...], CLIPVisionModelTaskPool] = {}
+        self._told: set[str] = set()
 
     @property
     def task_names(self) -> list[str]:
@@ -205,7 +221,7 @@ class CLIPVisionModelTaskPool(TaskPool):
             name: one of `task_names`.
         """
         if name not in self._images:
-            images = TaskImages(self.task(name), self.processor.preprocess)
+            images = TaskImages(self.task(name), self.processor.preprocess, on_bad_image=self.on_bad_image)
             self._check_size(images)
             self._images[name] = images
         return self._images[name]
@@ -219,7 +235,7 @@ class CLIPVisionModelTaskPool(TaskPool):
             config = module_config(source)
         else:
             return
-        found, expected = tuple(images[0][0].shape), (config.num_channels, config.image_size, config.image_size)
+        found, expected = images.shape, (config.num_channels, config.image_size, config.image_size)
         if found != expected:
             raise DataError(
                 f"the processor makes images of shape {found} for task `{images.task.name}`, but the CLIP model takes "
@@ -325,7 +341,7 @@ class CLIPVisionModelTaskPool(TaskPool):
 
         Returns:
             `model_info` (for a single model), for each task `accuracy` (share of 0-1) and `loss` (mean
-            cross-entropy), and their `average`.
+            cross-entropy), and their `average`; where bad images are skipped also how many a task had, `skipped`.
         """
         if options:
             raise ConfigError(f"`{next(iter(options))}` is not an option of the task pool's evaluation")
@@ -337,6 +353,7 @@ class CLIPVisionModelTaskPool(TaskPool):
                 tower = model[name] if isinstance(model, TaskModels) else model
                 counts = self._count(tower, name, placement or Placement(_device(tower)))
             report[name] = counts.scores(name)
+            self._tell_skipped(name, report[name])
         scores = [report[name] for name in names]
         if scores:
             report["average"] = {k: sum(s[k] for s in scores) / len(scores) for k in ("accuracy", "loss")}
@@ -353,7 +370,20 @@ class CLIPVisionModelTaskPool(TaskPool):
             placement=placement,
             limit=self.batch_size if self.fast_dev_run else None,
         )
-        return count(tower, self.head(name), loader, len(self.task(name).classnames), placement)
+        counts = count(tower, self.head(name), loader, len(self.task(name).classnames), placement)
+        counts.skipped.update(len(loader.bad))
+        return counts
+
+    def _tell_skipped(self, name: str, scores: dict[str, float]) -> None:
+        """Say once a task how many bad images are left out of its scores, in the scores too if it is asked for."""
+        skipped = int(scores.pop("skipped"))
+        if self.on_bad_image is OnBadImage.SKIP:
+            scores["skipped"] = skipped
+        if skipped and name not in self._told:
+            self._told.add(name)
+            bad = self.images(name).bad.values()  # those that this process met with
+            example = f", such as: {next(iter(bad))}" if bad else ""
+            log.warning("`%s`: %d bad images are left out of the scores%s", name, skipped, example)
 
 
 def model_info(model: nn.Module) -> dict[str, float]:

@@ -43,6 +43,7 @@ def routing_weights(
             workers=0,
             placement=Placement(placement.device),
             limit=images,
+            replace=True,
         )
         with record_coefficients(model) as record:
             for pixels, _ in loader:

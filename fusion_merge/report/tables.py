@@ -88,6 +88,9 @@ def written_report(report: Mapping[str, Any], table: str, pictures: Sequence[str
     lines = [f"# {run['method']}", "", f"    {run['command']}", ""]
     if table:
         lines += ["Accuracy in percent.", "", table, ""]
+    for task, score in report.items():
+        if isinstance(score, dict) and score.get("skipped"):
+            lines += [f"`{task}`: {score['skipped']} bad images are left out of the scores.", ""]
     if "model_info" in report:
         lines += [model_size(report["model_info"]) + ".", ""]
     adaptation = run.get("adaptation")

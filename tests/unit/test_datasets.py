@@ -475,10 +475,9 @@ def test_more_labels_than_class_names_are_refused():
         make_task("cats", {"data": dataset(), "classnames": ["cat"]})
 
 
-@pytest.mark.parametrize(("labels", "kind"), [(["a", "b"], "string"), ([0.5, 1.0], "float32")])
-def test_labels_that_are_not_whole_numbers_are_refused(labels, kind):
+def test_labels_that_are_not_whole_numbers_are_refused():
     with pytest.raises(DataError, match=r"column `label` of `cats`.*not integer labels"):
-        make_task("cats", {"data": dataset(labels, feature=Value(kind)), "classnames": NAMES})
+        make_task("cats", {"data": dataset([0.5, 1.0], feature=Value("float32")), "classnames": NAMES})
 
 
 def test_wrong_label_in_a_list_is_refused_when_it_is_read():

@@ -135,7 +135,7 @@ def test_ctrl_c_does_not_end_worker_processes():
     batches = iter(loader)
     expected = _indices(adaptation_loader(_images(), 4, 0, workers=0, placement=Placement()), 6)
     found = [next(batches)]
-    for worker in batches._workers:
+    for worker in batches.workers:
         os.kill(worker.pid, signal.SIGINT)
     found += islice(batches, 5)
     assert [pixels[:, 0, 0, 0].int().tolist() for pixels, _ in found] == expected
