@@ -27,6 +27,7 @@ from fusion_merge.errors import ConfigError, FusionMergeError, nearest, reason
 from fusion_merge.explanations import GROUPS, explain, first_choice
 from fusion_merge.help import help_text
 from fusion_merge.options import LARGEST
+from fusion_merge.preset_names import method_presets
 from fusion_merge.schema import BASELINES, FabricConfig, ProgramConfig, register_schema
 
 log = logging.getLogger(__name__)
@@ -70,13 +71,24 @@ def main() -> None:
         os.environ["HYDRA_FULL_ERROR"] = os.environ[_OURS] = "1"  # Hydra then raises, and the messages are ours
     with _messages(tracebacks):
         _given[:] = sys.argv[1:]
-        sys.argv[1:] = [_open(argument) for argument in spell_out(sys.argv[1:])]
+        sys.argv[1:] = [_open(argument) for argument in _presets_alone(spell_out(sys.argv[1:]))]
         if (overrides := _help_on(sys.argv[1:])) is not None:
             sys.stdout.write(help_text(overrides))
             return
         hydra.main(config_path="pkg://fusion_merge.config", config_name="config", version_base="1.3")(
             partial(_job, tracebacks)
         )()
+
+
+def _presets_alone(arguments: list[str]) -> list[str]:
+    """Leave out a method that `describe` is asked about and that has no preset, as one of another package may not."""
+    if "command=describe" not in arguments:
+        return arguments
+    from fusion_merge.registry import is_registered  # which imports torch
+
+    presets = method_presets()
+    names = {a: a.partition("=")[2] for a in arguments if a.startswith("method=")}
+    return [a for a in arguments if a not in names or names[a] in presets or not is_registered(names[a])]
 
 
 def _help_on(arguments: list[str]) -> list[str] | None:
@@ -112,7 +124,8 @@ def _run(config: DictConfig) -> None:
     plain = _plain(config)
     if plain["print_config"]:
         log.info("%s", OmegaConf.to_yaml(OmegaConf.create(plain)))
-    if code := find_command(plain["command"]).run(plain, _output_dir(plain), _command()):
+    command = "plan" if plain["plan"] and plain["command"] == "run" else plain["command"]
+    if code := find_command(command).run(plain, _output_dir(plain), _command()):
         sys.exit(code)
 
 
@@ -127,7 +140,7 @@ def _command() -> str:
 def _plain(config: DictConfig) -> dict[str, Any]:
     """Return the resolved configuration as plain values, or say what is missing in it."""
     missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
+    if missing and config.command != "describe":  # which shows what has no value
         raise ConfigError(f"`{missing[0]}` has no value yet; give it, for example `{missing[0]}=…`")
     plain = OmegaConf.to_container(config, resolve=True)
     if not isinstance(plain, dict):

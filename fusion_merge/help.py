@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from string import Template
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+
+from fusion_merge.preset_names import preset_names
 
 _CONFIG = "fusion_merge.config"
 
@@ -26,18 +26,7 @@ def help_text(overrides: list[str]) -> str:
     with initialize_config_module(_CONFIG, version_base="1.3"):
         config = compose("config", overrides=overrides, return_hydra_config=True)
     template = Template(config.hydra.help.template)
-    presets = [f"{group}: {', '.join(names)}\n" for group, names in sorted(_presets(files(_CONFIG)).items())]
+    presets = [f"{group}: {', '.join(names)}\n" for group, names in preset_names().items()]
     options = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     return template.substitute(APP_CONFIG_GROUPS="".join(presets), CONFIG=OmegaConf.to_yaml(options))
 
-
-def _presets(folder: Traversable, group: str = "") -> dict[str, list[str]]:
-    """Return the names of the presets in each group below a folder."""
-    found: dict[str, list[str]] = {}
-    for entry in folder.iterdir():
-        if entry.is_dir() and entry.name not in ("hydra", "__pycache__"):
-            found |= _presets(entry, f"{group}/{entry.name}".lstrip("/"))
-        elif group and entry.name.endswith(".yaml"):
-            found.setdefault(group, []).append(entry.name.removesuffix(".yaml"))
-            found[group].sort()
-    return found

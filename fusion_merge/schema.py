@@ -36,6 +36,7 @@ class ProgramConfig:
     seed: int = 0
     fast_dev_run: bool = False
     dry_run: bool = False
+    plan: bool = False
     print_config: bool = False
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
     output_dir: str | None = None

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from fusion_merge.errors import ConfigError, nearest
 
-COMMANDS = ("run",)
+COMMANDS = ("run", "plan", "describe")
 """The words that may come first on the command line; without one, `run`."""
 
 

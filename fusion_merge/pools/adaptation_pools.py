@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fusion_merge.errors import ConfigError
@@ -10,13 +11,14 @@ from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 
 
 def adaptation_pools(
-    modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None
+    modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None, names: Sequence[str] | None = None
 ) -> dict[str, CLIPVisionModelTaskPool]:
     """Return, for each task, the pool whose images are adapted on: the model pool's own datasets come first.
 
     Args:
         modelpool: the models, perhaps with `test_datasets`.
         taskpool: what is scored, if there is any.
+        names: which tasks; by default those whose models are merged.
 
     Raises:
         ConfigError: if a task has images in neither.
@@ -24,7 +26,7 @@ def adaptation_pools(
     own = modelpool.test_datasets
     scored = taskpool.specs if taskpool is not None else {}
     pools: dict[str, CLIPVisionModelTaskPool] = {}
-    for name in modelpool.model_names:
+    for name in modelpool.model_names if names is None else names:
         if taskpool is not None and name in scored and (name not in own or _same(own[name], scored[name])):
             pools[name] = taskpool  # where both pools have the same images, heads and preprocessing are shared
         elif name in own:

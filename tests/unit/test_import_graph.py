@@ -13,7 +13,7 @@ FILES = {str(file.relative_to(ROOT)): file for file in sorted(ROOT.rglob("*.py")
 
 LAYERS = (
     "errors",
-    ("files", "options", "schema", "registry", "zoo"),
+    ("files", "options", "preset_names", "schema", "registry", "zoo"),
     ("sealed", "processes"),
     "commits",
     "task_vectors",
@@ -23,6 +23,7 @@ LAYERS = (
     "adaptation",
     "methods",
     "report",
+    "planning",
     "program",
     ("commands", "explanations", "help"),
     ("cli", "plugins"),
