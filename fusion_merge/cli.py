@@ -28,7 +28,7 @@ from fusion_merge.errors import ConfigError, FusionMergeError, nearest, reason
 from fusion_merge.explanations import GROUPS, choices, explain, first_choice
 from fusion_merge.help import help_text
 from fusion_merge.options import LARGEST
-from fusion_merge.presets import register_presets
+from fusion_merge.presets import method_presets, register_presets
 from fusion_merge.schema import BASELINES, FabricConfig, ProgramConfig, register_schema
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def main() -> None:
         os.environ["HYDRA_FULL_ERROR"] = os.environ[_OURS] = "1"  # Hydra then raises, and the messages are ours
     with _messages(tracebacks):
         _given[:], _failed[:] = sys.argv[1:], []
-        sys.argv[1:] = [_open(argument) for argument in spell_out(sys.argv[1:])]
+        sys.argv[1:] = [_open(argument) for argument in _presets_alone(spell_out(sys.argv[1:]))]
         register_presets([n for a in sys.argv[1:] if a.startswith("modelpool=") for n in choices(a)])
         if (overrides := _help_on(sys.argv[1:])) is not None:
             sys.stdout.write(help_text(overrides))
@@ -85,6 +85,17 @@ def main() -> None:
         )()
         if _failed:
             sys.exit(1)
+
+
+def _presets_alone(arguments: list[str]) -> list[str]:
+    """Leave out a method that `describe` is asked about and that has no preset, as one of another package may not."""
+    if "command=describe" not in arguments:
+        return arguments
+    from fusion_merge.registry import is_registered  # which imports torch
+
+    presets = method_presets()
+    names = {a: a.partition("=")[2] for a in arguments if a.startswith("method=")}
+    return [a for a in arguments if a not in names or names[a] in presets or not is_registered(names[a])]
 
 
 def _help_on(arguments: list[str]) -> list[str] | None:
@@ -145,7 +156,8 @@ def _run(config: DictConfig) -> Path:
     if plain["print_config"]:
         log.info("%s", OmegaConf.to_yaml(OmegaConf.create(plain)))
     output_dir = _output_dir(plain)
-    if code := find_command(plain["command"]).run(plain, output_dir, _command()):
+    command = "plan" if plain["plan"] and plain["command"] == "run" else plain["command"]
+    if code := find_command(command).run(plain, output_dir, _command()):
         sys.exit(code)
     return output_dir
 
@@ -161,7 +173,7 @@ def _command() -> str:
 def _plain(config: DictConfig) -> dict[str, Any]:
     """Return the resolved configuration as plain values, or say what is missing in it."""
     missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
+    if missing and config.command != "describe":  # which shows what has no value
         raise ConfigError(f"`{missing[0]}` has no value yet; give it, for example `{missing[0]}=…`")
     plain = OmegaConf.to_container(config, resolve=True)
     if not isinstance(plain, dict):

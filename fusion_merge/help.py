@@ -6,17 +6,13 @@ import shutil
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
-from importlib.resources import files
 from string import Template
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from fusion_merge.presets import CONFIG, LONG_PATHS, preset_names
-
-_INSIDE = ("dataset", "hydra", "model", "tuned")
-"""Groups that presets are made of; a user chooses from the others."""
+from fusion_merge.presets import CHOSEN, CONFIG, LONG_PATHS, preset_names
 
 _MANY = 4
 """So many presets with one beginning are shown as one family."""
@@ -42,7 +38,7 @@ def help_text(overrides: list[str]) -> str:
 def shown_presets() -> str:
     """Return the presets of each group that a user chooses from, families of names in braces, wrapped."""
     width = min(max(shutil.get_terminal_size().columns, 60), 120)
-    groups = sorted(entry.name for entry in files(CONFIG).iterdir() if entry.is_dir() and entry.name not in _INSIDE)
+    groups = sorted(CHOSEN)
     indent = " " * (max(map(len, groups)) + 2)
     lines: list[str] = []
     for group in groups:

@@ -14,6 +14,9 @@ from hydra.core.config_store import ConfigStore
 CONFIG = "fusion_merge.config"
 """The package that holds the presets."""
 
+CHOSEN = ("method", "modelpool", "taskpool", "protocol", "reproduction")
+"""The groups that a user chooses from; the others are what presets are made of."""
+
 LONG_PATHS = {"modelpool": "CLIPVisionModelPool", "taskpool": "CLIPVisionModelTaskPool"}
 """The folders that fusion_bench keeps the presets of these groups in."""
 
@@ -28,6 +31,19 @@ def preset_names(group: str) -> list[str]:
     """
     folder = files(CONFIG).joinpath(*group.split("/"))
     return sorted(entry.name.removesuffix(_ENDING) for entry in folder.iterdir() if entry.name.endswith(_ENDING))
+
+
+def chosen_presets() -> dict[str, list[str]]:
+    """Return the presets of the groups that a user chooses from, both in order; long paths are left out."""
+    found = {group: preset_names(group) for group in CHOSEN}
+    return found | {"method": method_presets()}
+
+
+def method_presets() -> list[str]:
+    """Return what may stand after `method=`: short paths and long ones."""
+    folders = [entry.name for entry in files(CONFIG).joinpath("method").iterdir() if entry.is_dir()]
+    long = [f"{f}/{name}" for f in sorted(folders) if f != "__pycache__" for name in preset_names(f"method/{f}")]
+    return [*preset_names("method"), *long]
 
 
 def register_presets(modelpools: Iterable[str] = ()) -> None:

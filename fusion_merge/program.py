@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning_fabric import Fabric
 from torch import nn
@@ -90,10 +91,19 @@ class FusionProgram:
         if isinstance(self.taskpool, CLIPVisionModelTaskPool):
             self.taskpool.check()
         self._check_routings()
+        self.check_surroundings()
+
+    def check_surroundings(self) -> tuple[torch.device, int]:
+        """Check the places that are written to and what the machine has; return the device, and how many processes.
+
+        Raises:
+            FusionMergeError: if something cannot be written, or the machine has not what was asked for.
+        """
         self._check_places()
         fabric = make_fabric(**self.fabric_options(), launch=False)
         if self.method.trains:
             check_precision(fabric)
+        return fabric.device, fabric.world_size
 
     def _check_routings(self) -> None:
         wanted, known = self.config.get("evaluate_routings") or [], [routing.value for routing in Routing]

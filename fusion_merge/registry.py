@@ -73,6 +73,16 @@ def get_method(name: str) -> type[Method]:
     return _methods[key]
 
 
+def is_registered(name: str) -> bool:
+    """Tell whether there is a method of that name or alias.
+
+    Args:
+        name: the name.
+    """
+    _scan()
+    return _aliases.get(name, name) in _methods
+
+
 def names_of(cls: type[Method]) -> list[str]:
     """Return every name of a method class.
 
@@ -93,18 +103,8 @@ def object_from_config(config: Mapping[str, Any], what: str, kind: type = object
     Raises:
         ConfigError: if the target is no such class, or a key is unknown.
     """
-    target = config.get("_target_")
-    if not isinstance(target, str):
-        raise ConfigError(f"the config of `{what}` has no `_target_` that names a class")
-    module_name, _, class_name = target.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except Exception as error:  # a module may fail in any way when it is imported
-        raise ConfigError(f"`{what}._target_`={target!r} cannot be imported: {error}") from error
-    if not isinstance(cls, type):
-        raise ConfigError(f"`{what}._target_`={target!r} is a {type(cls).__name__}, not a class")
-    if not issubclass(cls, kind):
-        raise ConfigError(f"`{what}._target_`={target!r} is not a {kind.__name__}; choose one with `{what}=NAME`")
+    cls = class_from_config(config, what, kind)
+    target, class_name = config["_target_"], cls.__name__
     options = {key: value for key, value in config.items() if key not in _HYDRA_KEYS}
     try:
         known = inspect.signature(cls).parameters
@@ -117,6 +117,33 @@ def object_from_config(config: Mapping[str, Any], what: str, kind: type = object
         return cls(**options)
     except TypeError as error:
         raise ConfigError(f"`{what}` cannot be made: {error}") from error
+
+
+def class_from_config(config: Mapping[str, Any], what: str, kind: type = object) -> type:
+    """Return the class that a config names in `_target_`.
+
+    Args:
+        config: plain values, `_target_` among them.
+        what: which part of the configuration it is, for errors.
+        kind: what the class must be.
+
+    Raises:
+        ConfigError: if the target is no such class.
+    """
+    target = config.get("_target_")
+    if not isinstance(target, str):
+        raise ConfigError(f"the config of `{what}` has no `_target_` that names a class")
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        cls: Any = getattr(importlib.import_module(module_name), class_name)
+    except Exception as error:  # a module may fail in any way when it is imported
+        raise ConfigError(f"`{what}._target_`={target!r} cannot be imported: {error}") from error
+    if not isinstance(cls, type):
+        raise ConfigError(f"`{what}._target_`={target!r} is a {type(cls).__name__}, not a class")
+    if not issubclass(cls, kind):
+        raise ConfigError(f"`{what}._target_`={target!r} is not a {kind.__name__}; choose one with `{what}=NAME`")
+    found: type = cls
+    return found
 
 
 def _scan() -> None:

@@ -53,6 +53,7 @@ class ProgramConfig:
     seed: int = 0
     fast_dev_run: bool = False
     dry_run: bool = False
+    plan: bool = False
     print_config: bool = False
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
     evaluate_routings: list[str] | None = None

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from fusion_merge.errors import ConfigError, nearest
 
-COMMANDS = ("run", "fetch", "reproduce")
+COMMANDS = ("run", "plan", "describe", "fetch", "reproduce")
 """The words that may come first on the command line; without one, `run`."""
 
 

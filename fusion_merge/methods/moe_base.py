@@ -167,6 +167,24 @@ class MoEMethod(Method):
             ConfigError: if they do not fit.
         """
 
+    def adaptation_pools(
+        self,
+        modelpool: CLIPVisionModelPool,
+        taskpool: CLIPVisionModelTaskPool | None = None,
+        names: Sequence[str] | None = None,
+    ) -> dict[str, CLIPVisionModelTaskPool]:
+        """Return, for each task, the pool whose images are adapted on.
+
+        Args:
+            modelpool: the models.
+            taskpool: what is scored, if there is any.
+            names: which tasks; by default all.
+
+        Raises:
+            FusionMergeError: if a task has no such images.
+        """
+        return adaptation_pools(modelpool, taskpool, self.tta_split, names)
+
     def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
         """See `Method.check`: also the images to adapt on, or the checkpoint to load instead."""
         self.check_shapes(modelpool.config(), len(modelpool.model_names))
@@ -174,7 +192,7 @@ class MoEMethod(Method):
         if self.checkpoint:
             check_routers(str(self.checkpoint), self._belongs_to(modelpool))
         elif self.max_steps > 0:
-            for pool in set(adaptation_pools(modelpool, taskpool, self.tta_split).values()):
+            for pool in set(self.adaptation_pools(modelpool, taskpool).values()):
                 pool.check()
             if self.cache_dir is not None:
                 check_writable(self.cache_dir, "method.cache_dir", kind="folder")
@@ -210,7 +228,7 @@ class MoEMethod(Method):
             if self.checkpoint:
                 load_routers(str(self.checkpoint), model, self._belongs_to(modelpool))
         if not self.checkpoint and self.max_steps > 0:
-            pools = adaptation_pools(modelpool, taskpool, self.tta_split)
+            pools = self.adaptation_pools(modelpool, taskpool)
             self.adapted_on = {name: data_origin(pool, name) for name, pool in pools.items()}
             self._adapt(model, modelpool, pools, fabric)
         with together():

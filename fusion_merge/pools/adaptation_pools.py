@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fusion_merge.errors import ConfigError, DataError
@@ -15,7 +16,10 @@ TTA_SPLITS = ("test", "validation", "train")
 
 
 def adaptation_pools(
-    modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None, tta_split: str = "test"
+    modelpool: CLIPVisionModelPool,
+    taskpool: CLIPVisionModelTaskPool | None,
+    tta_split: str = "test",
+    names: Sequence[str] | None = None,
 ) -> dict[str, CLIPVisionModelTaskPool]:
     """Return, for each task, the pool whose images are adapted on: the model pool's own datasets come first.
 
@@ -23,6 +27,7 @@ def adaptation_pools(
         modelpool: the models, perhaps with `test_datasets`.
         taskpool: what is scored, if there is any.
         tta_split: one of `TTA_SPLITS`: other than `test`, that split of the same data is adapted on instead.
+        names: which tasks; by default those whose models are merged.
 
     Raises:
         ConfigError: if a task has images in neither, or if the split that is adapted on is the one that is scored.
@@ -32,7 +37,7 @@ def adaptation_pools(
     scored = taskpool.specs if taskpool is not None else {}
     pools: dict[str, CLIPVisionModelTaskPool] = {}
     alike = taskpool is not None and taskpool.on_bad_image is modelpool.on_bad_image
-    for name in modelpool.model_names:
+    for name in modelpool.model_names if names is None else names:
         if taskpool is not None and name in scored and (name not in own or (alike and _same(own[name], scored[name]))):
             pools[name] = taskpool  # where both pools have the same images, heads and preprocessing are shared
         elif name in own:

@@ -144,6 +144,18 @@ class CLIPVisionModelPool:
         """
         return reference_of(self._source(name), f"model `{name}`")
 
+    def files(self, name: str) -> tuple[Path, ...]:
+        """Return the weight files of a model; none of one that is made, or in memory.
+
+        Args:
+            name: one of `all_model_names`.
+
+        Raises:
+            ModelError: if they cannot be found.
+        """
+        reference = self.reference(name)
+        return reference.files().weights if reference is not None else ()
+
     def config(self, name: str = PRETRAINED) -> CLIPVisionConfig:
         """Return a model's vision configuration.
 
@@ -200,15 +212,37 @@ class CLIPVisionModelPool:
             ModelError: if a model is missing, has other tensors, or computes otherwise; the message names the first
                 tensor or key that differs.
         """
+        self.check_number(min_models)
+        for name in (PRETRAINED, *self.model_names):
+            self.check_model(name)
+
+    def check_number(self, min_models: int) -> None:
+        """Refuse a pool with too few models.
+
+        Args:
+            min_models: how many fine-tuned models there must be.
+
+        Raises:
+            ModelError: if there are fewer.
+        """
         if len(self.model_names) < min_models:
             raise ModelError(
                 f"the model pool has {len(self.model_names)} fine-tuned model(s) beside `{PRETRAINED}`, "
                 f"but this method needs at least {min_models}; add them under `models`"
             )
-        reference = expected_shapes(self.config())
-        for name in (PRETRAINED, *self.model_names):
-            check_same_shape_tables(reference, shapes_of(self.state(name)), where=self._call(name))
-            check_same_arithmetic(self.config(), self.config(name), where=self._call(name))
+
+    def check_model(self, name: str) -> None:
+        """Refuse a model that is not like the pretrained one, from file headers alone.
+
+        Args:
+            name: one of `all_model_names`.
+
+        Raises:
+            ModelError: if it is missing, has other tensors, or computes otherwise.
+        """
+        state, reference = self.state(name), self.config()
+        check_same_shape_tables(expected_shapes(reference), shapes_of(state), where=self._call(name))
+        check_same_arithmetic(reference, self.config(name), where=self._call(name))
 
     def task_pool(self, split: str = "test") -> CLIPVisionModelTaskPool:
         """Return a task pool over the pool's own datasets.

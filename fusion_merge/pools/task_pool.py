@@ -16,7 +16,7 @@ from typing import Any, final
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import CLIPModel
+from transformers import CLIPConfig, CLIPModel
 
 from fusion_merge.errors import ConfigError, DataError, ModelError, nearest
 from fusion_merge.models.clip import (
@@ -276,7 +276,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         if self._origin is not None:
             return self._origin.clip_model
         source = self._clip_source
-        self._check_clip()
+        self.check_clip()
         if isinstance(source, Reference):
             path, options = source.arguments()
             return load_clip(path, where=f"`{source}`", **options)
@@ -302,13 +302,17 @@ class CLIPVisionModelTaskPool(TaskPool):
         Raises:
             FusionMergeError: if data, processor or CLIP model are not usable.
         """
-        self._check_clip()
+        self.check_clip()
         for name in tqdm(self.task_names, desc="opening datasets", leave=False, disable=None):
             self.task(name)
         self.processor  # noqa: B018 (read once, and kept)
 
-    def _check_clip(self) -> None:
-        """Refuse a pool that cannot make heads, as far as it can be told from headers."""
+    def check_clip(self) -> None:
+        """Refuse a pool that cannot make heads, as far as it can be told from headers.
+
+        Raises:
+            FusionMergeError: if the CLIP model is missing, or has no text tower.
+        """
         source = self._clip_source
         if isinstance(source, Reference):
             check_whole_clip(source.config(), where=f"`{source}`")
@@ -320,6 +324,17 @@ class CLIPVisionModelTaskPool(TaskPool):
                 "the task pool knows no CLIP model with a text tower for its heads; "
                 "give `clip_model` as a folder or hub id"
             )
+
+    def clip_config(self) -> CLIPConfig | None:
+        """Return the configuration of the CLIP model that makes the heads; None where only making it would tell.
+
+        Raises:
+            ModelError: if it cannot be read.
+        """
+        source = self._clip_source
+        if isinstance(source, Reference):
+            return CLIPConfig.from_dict(dict(source.files().config))
+        return source.config if isinstance(source, CLIPModel) else None
 
     def evaluate(
         self,

@@ -23,6 +23,7 @@ LAYERS = (
     "adaptation",
     "methods",
     "report",
+    "planning",
     "program",
     "protocols",
     ("commands", "explanations", "help"),

@@ -1,0 +1,80 @@
+"""What a run writes, how much it is, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion_merge.methods.base import Method
+from fusion_merge.methods.clip_finetune import CLIPFinetuneAlgorithm
+from fusion_merge.methods.moe_base import MoEMethod
+from fusion_merge.planning.geometry import FLOAT
+from fusion_merge.planning.machine import disk_of, free_disk
+from fusion_merge.planning.memory import Load
+
+_REPORTS = 2 * 10**6
+_HEADERS = 100 * 10**3
+
+
+@dataclass(frozen=True)
+class Writing:
+    """One thing that is written.
+
+    Attributes:
+        what: it is.
+        path: where it goes.
+        bytes: the most that it takes.
+        free: bytes that are free there; None where that is not known.
+        disk: which file system it is on.
+    """
+
+    what: str
+    path: str
+    bytes: int
+    free: int | None
+    disk: int
+
+
+def writings(method: Method, load: Load, config: Mapping[str, Any], output_dir: Path, num_tasks: int) -> list[Writing]:
+    """Return what a run writes.
+
+    Args:
+        method: the method.
+        load: what the run consists of.
+        config: the resolved configuration.
+        output_dir: where reports go.
+        num_tasks: that are trained on.
+    """
+    found = [_writing("reports and logs", output_dir, _REPORTS)]
+    if folder := config.get("merged_model_save_path"):
+        found.append(_writing("merged model", folder, load.model.bytes + _HEADERS))
+    if isinstance(method, MoEMethod):
+        if method.save_checkpoint:
+            found.append(_writing("router checkpoint", method.save_checkpoint, router_checkpoint(load)))
+        adapts = load.training is not None and method.max_steps > 0
+        if adapts and method.cache_dir is not None and not method.fast_dev_run:
+            kept = 4 if method.optimizer != "sgd" else 2
+            state = kept * load.model.router_bytes + 8 * num_tasks * method.max_steps + _HEADERS
+            # a new one is written before the earlier one goes
+            found.append(_writing("state of the adaptation", method.cache_dir, 2 * state))
+    if isinstance(method, CLIPFinetuneAlgorithm) and method.output is not None and not method.fast_dev_run:
+        wide = FLOAT if method.dtype == "float32" else FLOAT // 2
+        found.append(_writing("fine-tuned towers", method.output, num_tasks * wide * load.tower.numbers))
+    return found
+
+
+def router_checkpoint(load: Load) -> int:
+    """Return the bytes of a router checkpoint.
+
+    Args:
+        load: what the run consists of.
+    """
+    coefficients = FLOAT * load.num_models * load.tower.layers * load.model.coefficients
+    return load.model.router_bytes + coefficients + _HEADERS
+
+
+def _writing(what: str, path: Any, size: int) -> Writing:
+    place = Path(path).expanduser()
+    return Writing(what, str(path), size, free_disk(place), disk_of(place))

@@ -1,0 +1,153 @@
+"""How long a run takes, roughly: operations, and what this machine did in a fraction of a second.
+
+The shares below were measured on layers and models of ViT-B/32; see `benchmarks/`. All times are in seconds.
+"""
+
+from __future__ import annotations
+
+from fusion_merge.planning.geometry import FLOAT, Geometry, ModelSize
+from fusion_merge.planning.machine import Speed
+from fusion_merge.planning.memory import Images, Load, Training, merges
+
+START = 6.0
+"""Libraries, datasets and processors."""
+
+_BESIDE = 1.35
+"""A forward pass beside its matrix products alone."""
+
+_BACK = 1.25
+"""A backward pass to the inputs, beside a forward pass."""
+
+_MERGING = 6.0
+"""What a product of short rows costs beside one of large matrices: merging a weight for each image."""
+
+_DECOMPOSING = 40
+"""Passes over a matrix and a subspace of twice the rank in a truncated decomposition."""
+
+_WHOLE = 60
+"""Products of a whole decomposition of a matrix (L, S), in L·S²."""
+
+_SORTING = 60e-9
+"""Seconds for one number of a task vector that is pruned and stored sparse."""
+
+_READING = 1.0e9
+"""Bytes a second from a file that the system has at hand, to a task vector."""
+
+
+def times(load: Load, speed: Speed, *, steps: int, workers: int, processes: int = 1) -> dict[str, float]:
+    """Return the seconds of each phase.
+
+    Args:
+        load: what the run consists of.
+        speed: of this machine.
+        steps: of training, of all tasks together.
+        workers: processes that read images for evaluation.
+        processes: that share the work.
+    """
+    found = {"start": START, "building": building_time(load, speed)}
+    if load.clip is not None:
+        found["making heads"] = _heads(load, speed)
+    if load.training is not None and steps:
+        found["adapting"] = steps * step_time(load.tower, load.model, load.training, speed) + _decoded(
+            load.adapted, speed, load.training.batch_size * steps
+        )
+    if load.evaluation_batch:
+        found["evaluating"] = _evaluation(load, speed, workers, routed=load.model.kind is not None) / processes
+        if load.baselines:
+            cached = {name: Images(0, 0, 0) if i.cached else i for name, i in load.scored.items()}  # decoded by then
+            plain = _scoring(load, speed) + _decoded(cached, speed) / max(1, workers)
+            found["baselines"] = len(load.baselines) * plain / processes
+    return found
+
+
+def forward_time(tower: Geometry, speed: Speed) -> float:
+    """Return the time of one image in a plain tower.
+
+    Args:
+        tower: the shape.
+        speed: of this machine.
+    """
+    return _BESIDE * tower.products / speed.products
+
+
+def step_time(tower: Geometry, model: ModelSize, training: Training, speed: Speed) -> float:
+    """Return the time of one step: one batch of each task, forwards and backwards.
+
+    Args:
+        tower: the shape.
+        model: what is trained.
+        training: how.
+        speed: of this machine.
+    """
+    images, tasks = training.batch_size, training.batches
+    forward = images * forward_time(tower, speed)
+    if training.whole:
+        return forward * (1 + 2 * _BACK) + 10 * FLOAT * tower.numbers / speed.traffic
+    one = forward * (1 + _BACK) + _routed(tower, model, images, training.batch_routing, speed, backward=True)
+    return tasks * one + 10 * model.router_bytes / speed.traffic
+
+
+def _routed(
+    tower: Geometry, model: ModelSize, images: int, batch_routing: bool, speed: Speed, *, backward: bool
+) -> float:
+    """Return the time that experts add to the passes of one batch."""
+    tokens, weights = images * tower.tokens, 2 * tower.layers * tower.matrix
+    ends = 2 * tower.layers * (tower.width + tower.hidden)
+    if model.kind == "low_rank" and not merges(tower, model, tokens, batch_routing):
+        return (1 + backward) * ends * tokens * model.coefficients / speed.products
+    if model.kind == "low_rank":
+        formed = weights * model.coefficients / speed.products
+        return formed + backward * ends * tokens * model.coefficients / speed.products
+    read = model.experts * FLOAT / speed.traffic
+    if model.kind == "sparse":  # zeros are put back
+        read = model.coefficients * weights * FLOAT / speed.traffic + model.experts * 3e-9
+    gradient = tokens * weights / speed.products
+    merged = 0.0 if batch_routing else _MERGING * images * model.coefficients * weights / speed.products
+    return (read + merged) + backward * (gradient + (read if batch_routing else read + 2 * merged))
+
+
+def building_time(load: Load, speed: Speed) -> float:
+    """Return the time until the model is built, not adapted yet.
+
+    Args:
+        load: what the run consists of.
+        speed: of this machine.
+    """
+    tower, model = load.tower, load.model
+    reading = (load.num_models + 1) * tower.numbers * FLOAT / _READING
+    linears, (short, long) = 2 * tower.layers * load.num_models, sorted((tower.width, tower.hidden))
+    if model.kind == "sparse":
+        return reading + linears * tower.matrix * _SORTING
+    if model.kind != "low_rank":
+        return reading
+    rank = model.coefficients // max(1, load.num_models)
+    iterated = short >= 256 and 8 * rank <= short
+    products = _DECOMPOSING * tower.matrix * 2 * rank if iterated else _WHOLE * long * short**2 / 8
+    return reading + linears * products / speed.products
+
+
+def _scoring(load: Load, speed: Speed) -> float:
+    return sum(i.used for i in load.scored.values()) * forward_time(load.tower, speed)
+
+
+def _evaluation(load: Load, speed: Speed, workers: int, *, routed: bool) -> float:
+    images = sum(i.used for i in load.scored.values())
+    fresh = {name: i for name, i in load.scored.items() if not (i.cached and name in load.adapted)}
+    read = _decoded(fresh, speed) / max(1, workers if any(not i.cached for i in fresh.values()) else 1)
+    added = 0.0
+    if routed and images:
+        batch = max(1, min(load.evaluation_batch, max(i.used for i in load.scored.values())))
+        added = images / batch * _routed(load.tower, load.model, batch, load.batch_routing, speed, backward=False)
+    return _scoring(load, speed) + added + read
+
+
+def _decoded(images: dict[str, Images], speed: Speed, most: int | None = None) -> float:
+    """Return the time to decode images: those that are kept once, others as often as they are asked for."""
+    counts = [i.count if i.cached or most is None else most for i in images.values()]
+    return sum(counts) * speed.decoding
+
+
+def _heads(load: Load, speed: Speed) -> float:
+    if load.clip is None:
+        return 0.0
+    return load.clip.numbers * FLOAT / _READING + load.all_prompts * _BESIDE * load.clip.products / speed.products

@@ -1,0 +1,178 @@
+"""The shape of a CLIP model and of a routed one: what follows from configurations alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
+
+from fusion_merge.methods.moe_base import MoEMethod
+from fusion_merge.models.clip import expected_shapes
+from fusion_merge.models.merged import MergedCLIPVisionModel
+from fusion_merge.moe import moe_layers
+from fusion_merge.moe.layer import router_parameters
+from fusion_merge.pools.task_pool import model_info
+
+FLOAT = 4
+"""Bytes of a float32."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of one transformer tower.
+
+    Attributes:
+        layers: how many.
+        width: D.
+        hidden: the width inside an MLP.
+        heads: of the attention.
+        tokens: T, of one image or prompt.
+        inputs: the numbers in one image; 0 of a text tower.
+        activation: what `hidden_act` is called.
+        numbers: all weights.
+    """
+
+    layers: int
+    width: int
+    hidden: int
+    heads: int
+    tokens: int
+    inputs: int
+    activation: str
+    numbers: int
+
+    @property
+    def kept_by_activation(self) -> int:
+        """How many tensors as wide as the MLP its activation keeps for the backward pass."""
+        return 2 if self.activation == "quick_gelu" else 1
+
+    @property
+    def mlp_products(self) -> int:
+        """Multiplications of all MLPs for one image."""
+        return 2 * self.layers * self.tokens * self.width * self.hidden
+
+    @property
+    def products(self) -> int:
+        """Multiplications of one image's forward pass."""
+        projections = 4 * self.layers * self.tokens * self.width**2
+        attention = 2 * self.layers * self.tokens**2 * self.width
+        embedding = self.inputs * self.width
+        return projections + attention + embedding + self.mlp_products
+
+    @property
+    def matrix(self) -> int:
+        """Numbers in one weight of an MLP."""
+        return self.width * self.hidden
+
+
+def vision_geometry(config: CLIPVisionConfig) -> Geometry:
+    """Return the shape of a vision tower.
+
+    Args:
+        config: its configuration.
+    """
+    return Geometry(
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        hidden=config.intermediate_size,
+        heads=config.num_attention_heads,
+        tokens=(config.image_size // config.patch_size) ** 2 + 1,
+        inputs=config.num_channels * config.image_size**2,
+        activation=config.hidden_act,
+        numbers=sum(torch.Size(shape).numel() for shape in expected_shapes(config).values()),
+    )
+
+
+def text_geometry(config: CLIPConfig, tokens: int) -> Geometry:
+    """Return the shape of a whole CLIP model's text tower; `numbers` counts the whole model's.
+
+    Args:
+        config: the configuration of the whole model.
+        tokens: of the longest prompt.
+    """
+    text: Any = config.text_config
+    with torch.device("meta"):
+        numbers = sum(p.numel() for p in CLIPModel(config).parameters())
+    return Geometry(
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        hidden=text.intermediate_size,
+        heads=text.num_attention_heads,
+        tokens=min(tokens, text.max_position_embeddings),
+        inputs=0,
+        activation=text.hidden_act,
+        numbers=numbers,
+    )
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The size of the finished model.
+
+    Attributes:
+        parameters: all of them.
+        trainable: those of the routers.
+        experts: those of the expert banks.
+        bytes: of all tensors, in memory and on disk alike.
+        router_bytes: of what is trained.
+        kind: of the banks: dense, sparse, low_rank; None for a plain tower.
+        coefficients: K, of one layer.
+        router_widths: for each layer, the numbers that its router keeps of one token for the backward pass.
+    """
+
+    parameters: int
+    trainable: int
+    experts: int
+    bytes: int
+    router_bytes: int = 0
+    kind: str | None = None
+    coefficients: int = 0
+    router_widths: tuple[int, ...] = ()
+
+
+def plain_size(geometry: Geometry) -> ModelSize:
+    """Return the size of a plain tower in float32.
+
+    Args:
+        geometry: its shape.
+    """
+    return ModelSize(geometry.numbers, 0, 0, FLOAT * geometry.numbers)
+
+
+def routed_size(method: MoEMethod, config: CLIPVisionConfig, num_tasks: int) -> ModelSize:
+    """Return the size of the model that a method makes, from its skeleton.
+
+    Args:
+        method: the method.
+        config: the tower's configuration.
+        num_tasks: N.
+
+    Raises:
+        ConfigError: if the options do not fit that tower or number of tasks.
+    """
+    model: MergedCLIPVisionModel = method.skeleton(config, num_tasks)
+    info = model_info(model)
+    layers = moe_layers(model.vision_model).values()
+    first = next(iter(layers))
+    banks = [linear.experts for layer in layers for linear in (layer.fc1, layer.fc2)]
+    return ModelSize(
+        parameters=int(info["all_params"]),
+        trainable=int(info["trainable_params"]),
+        experts=sum(p.numel() for bank in banks for p in bank.parameters()),
+        bytes=sum(t.numel() * t.element_size() for t in model.own_state().values()),
+        router_bytes=sum(p.numel() * p.element_size() for p in router_parameters(model.vision_model)),
+        kind=str(first.fc1.experts.spec()["kind"]),
+        coefficients=first.num_coefficients,
+        router_widths=tuple(_kept_by_router(layer.router.spec()) for layer in layers),
+    )
+
+
+def _kept_by_router(spec: Mapping[str, Any]) -> int:
+    """Return how many numbers a router keeps of one token; its input is not among them, unless it is a copy."""
+    if spec["kind"] == "layer_encoded":
+        inner = spec["shared"]
+        return int(inner.get("width", 0)) + _kept_by_router(inner)
+    return int(spec.get("hidden", 0))

@@ -1,0 +1,168 @@
+"""From a run's parts to what its memory and time depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fusion_merge.errors import FusionMergeError
+from fusion_merge.methods.base import Method
+from fusion_merge.methods.clip_finetune import CLIPFinetuneAlgorithm
+from fusion_merge.methods.moe_base import MoEMethod
+from fusion_merge.planning.geometry import FLOAT, Geometry, plain_size, routed_size, text_geometry, vision_geometry
+from fusion_merge.planning.machine import resident_now
+from fusion_merge.planning.memory import Images, Load, Training
+from fusion_merge.planning.problems import Problems
+from fusion_merge.pools.heads import prompts_of
+from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
+from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
+
+_LONGEST = 16  # of each task's prompts: so many of the longest are tokenized
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, as far as it could be made.
+
+    Attributes:
+        method: the method.
+        modelpool: the models.
+        taskpool: the tasks that are scored, if there are any.
+        pools: for each task that is trained on, the pool of its images.
+        device: where it will compute.
+        processes: that compute together.
+    """
+
+    method: Method
+    modelpool: CLIPVisionModelPool
+    taskpool: CLIPVisionModelTaskPool | None
+    pools: Mapping[str, CLIPVisionModelTaskPool]
+    device: torch.device
+    processes: int = 1
+
+
+def make_load(parts: Parts, config: Mapping[str, Any], problems: Problems) -> Load:
+    """Return what memory and time depend on.
+
+    Args:
+        parts: what the run is made of.
+        config: the resolved configuration.
+        problems: where problems of single tasks go.
+
+    Raises:
+        FusionMergeError: if the pretrained model's configuration or the method's options do not hold together.
+    """
+    method, modelpool, taskpool = parts.method, parts.modelpool, parts.taskpool
+    base = resident_now()
+    tower = vision_geometry(modelpool.config())
+    size = plain_size(tower)
+    if isinstance(method, MoEMethod) and modelpool.model_names:
+        size = routed_size(method, modelpool.config(), len(modelpool.model_names))
+    names = taskpool.task_names if taskpool is not None else []
+    adapted = _images(parts.pools, tower)
+    scored = _images({name: taskpool for name in names if taskpool is not None}, tower)
+    if isinstance(method, CLIPFinetuneAlgorithm):
+        scored = {name: images for name, images in scored.items() if name in adapted}
+    pools = list(dict.fromkeys([*parts.pools.values(), *([taskpool] if taskpool is not None else [])]))
+    counts, text = _prompts(pools), None
+    with problems.noted():
+        text = _text(pools, [*adapted, *scored])
+    return Load(
+        tower=tower,
+        model=size,
+        num_models=len(modelpool.model_names) if method.min_models else 0,
+        base=base,
+        clip=text,
+        prompts=max(counts, default=0),
+        all_prompts=sum(counts),
+        adapted=adapted,
+        scored=scored,
+        training=_training(method, len(adapted)) if adapted else None,
+        evaluation_batch=taskpool.batch_size if taskpool is not None and scored else 0,
+        batch_routing=bool(getattr(method, "inference_batch_reduce", False)),
+        baselines=_baselines(method, modelpool, config) if scored else (),
+        wide=FLOAT if getattr(method, "expert_dtype", "float32") == "float32" else 2,
+        saves=bool(config.get("merged_model_save_path")),
+        gpu=parts.device.type == "cuda",
+        mapped=_mapped(modelpool),
+    )
+
+
+def steps_of(method: Method, tasks: int) -> int:
+    """Return how many steps of training a method takes.
+
+    Args:
+        method: the method.
+        tasks: that it trains on.
+    """
+    steps = 1 if getattr(method, "fast_dev_run", False) else int(getattr(method, "max_steps", 0))
+    return steps * tasks if isinstance(method, CLIPFinetuneAlgorithm) else steps
+
+
+def _images(pools: Mapping[str, CLIPVisionModelTaskPool], tower: Geometry) -> dict[str, Images]:
+    """Return the images of each task that can be opened."""
+    found = {}
+    for name, pool in pools.items():
+        try:
+            count = len(pool.task(name))
+        except FusionMergeError:  # noted before
+            continue
+        found[name] = Images(count, FLOAT * tower.inputs, pool.batch_size if pool.fast_dev_run else count)
+    return found
+
+
+def _training(method: Method, tasks: int) -> Training | None:
+    if isinstance(method, CLIPFinetuneAlgorithm):
+        return Training(method.batch_size, state=3, whole=True)
+    if not isinstance(method, MoEMethod):
+        return None
+    return Training(
+        method.batch_size,
+        tasks=1 if method.use_grad_accumulate else tasks,
+        batches=tasks,
+        batch_routing=method.batch_reduce,
+        state=2 if method.optimizer == "sgd" else 4,
+    )
+
+
+def _baselines(method: Method, modelpool: CLIPVisionModelPool, config: Mapping[str, Any]) -> tuple[str, ...]:
+    several = len(modelpool.model_names) > 1
+    return tuple(b for b in config["baselines"] if b != method.method_name and (several or b == "zero_shot"))
+
+
+def _prompts(pools: Sequence[CLIPVisionModelTaskPool]) -> list[int]:
+    """Return how many prompts each head has that is made."""
+    counts = []
+    for pool in pools:
+        for name in pool.task_names:
+            try:
+                task = pool.task(name)
+            except FusionMergeError:  # noted before
+                continue
+            counts.append(len(task.classnames) * len(task.templates))
+    return counts
+
+
+def _text(pools: Sequence[CLIPVisionModelTaskPool], tasks: Sequence[str]) -> Geometry | None:
+    """Return the shape of what makes the heads, at the longest prompt."""
+    config = pools[0].clip_config() if pools else None
+    if config is None or not hasattr(config, "text_config"):
+        return None
+    prompts: list[str] = []
+    for pool in pools:
+        for name in pool.task_names:
+            if name in tasks:
+                task = pool.task(name)
+                every = sorted(prompts_of(task.classnames, task.templates), key=len)
+                prompts += every[-_LONGEST:]
+    tokens = pools[0].processor.tokenizer(text=prompts, padding=True, return_tensors="pt")["input_ids"].shape[1]
+    return text_geometry(config, int(tokens))
+
+
+def _mapped(modelpool: CLIPVisionModelPool) -> int:
+    """Return the bytes of torch files, which are mapped into memory, or read, and stay there."""
+    files = {file for name in (PRETRAINED, *modelpool.model_names) for file in modelpool.files(name)}
+    return sum(file.stat().st_size for file in files if file.suffix != ".safetensors")
