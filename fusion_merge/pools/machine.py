@@ -13,17 +13,15 @@ CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 
 
-def fitting_workers(wanted: int, num_loaders: int, batches: int | None = None) -> int:
+def fitting_workers(wanted: int, num_loaders: int) -> int:
     """Return how many worker processes each of several loaders gets: the machine is shared, never crowded.
 
     Args:
         wanted: the most a loader may have, at least 0.
         num_loaders: how many loaders live at a time in this process; the other processes of a run have as many.
-        batches: how many batches a loader gives, where that is known; there are never more workers.
     """
     available = max(1, available_cpus() // _processes_here())
-    fitting = min(wanted, max(0, available - 1) // max(1, num_loaders) if num_loaders > 1 else available)
-    return fitting if batches is None else min(fitting, batches)
+    return min(wanted, max(0, available - 1) // max(1, num_loaders) if num_loaders > 1 else available)
 
 
 def available_cpus() -> int:

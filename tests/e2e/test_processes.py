@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,22 @@ def test_two_processes_agree_with_one_where_they_do_not_divide_the_images(pool_d
     assert done.code == 0, done.err
     started(pool_dir, tmp_path / "two", *options, "method.batch_size=5", *TWO)
     assert_alike(tmp_path / "two", tmp_path / "one")
+
+
+def test_two_processes_leave_out_the_bad_images_that_one_does(pool_dir, tmp_path):
+    shutil.copytree(pool_dir / "images", tmp_path / "images")
+    files = sorted((tmp_path / "images" / "cats").rglob("*.png"))
+    for i in (0, 5, 6, 11):
+        files[i].write_bytes(files[i].read_bytes()[:-100])
+    options = [f"taskpool.tasks.{task}={{data: {tmp_path / 'images' / task}}}" for task in TASKS]
+    options += ["method=wemoe", "taskpool.on_bad_image=skip", "taskpool.batch_size=5"]
+    done = run_cli(*own_pool(pool_dir), *STEPS, *options, "method.batch_size=6", cwd=tmp_path / "one")
+    assert done.code == 0, done.err
+    started(pool_dir, tmp_path / "two", *options, "method.batch_size=3", *TWO)
+    assert_alike(tmp_path / "two", tmp_path / "one")
+    for cwd in ("one", "two"):
+        report = report_of(tmp_path / cwd)
+        assert [scores["cats"]["skipped"] for scores in (report, report["baselines"]["zero_shot"])] == [4, 4]
 
 
 BROKEN = """

@@ -85,8 +85,3 @@ def test_processes_of_a_run_share_the_machine(groups, monkeypatch, processes, lo
     if local is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
     assert fitting_workers(99, loaders) == expected
-
-
-@pytest.mark.parametrize(("batches", "expected"), [(None, 8), (3, 3), (0, 0), (50, 8)])
-def test_there_are_never_more_workers_than_batches(groups, batches, expected):
-    assert fitting_workers(8, 1, batches) == expected
