@@ -29,4 +29,3 @@ def help_text(overrides: list[str]) -> str:
     presets = [f"{group}: {', '.join(names)}\n" for group, names in preset_names().items()]
     options = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     return template.substitute(APP_CONFIG_GROUPS="".join(presets), CONFIG=OmegaConf.to_yaml(options))
-

@@ -37,9 +37,7 @@ class Writing:
     disk: int
 
 
-def writings(
-    method: Method, load: Load, config: Mapping[str, Any], output_dir: Path, num_tasks: int
-) -> list[Writing]:
+def writings(method: Method, load: Load, config: Mapping[str, Any], output_dir: Path, num_tasks: int) -> list[Writing]:
     """Return what a run writes.
 
     Args:
