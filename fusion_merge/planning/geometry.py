@@ -28,9 +28,9 @@ class Geometry:
         layers: how many.
         width: D.
         hidden: the width inside an MLP.
-        heads: of the attention.
         tokens: T, of one image or prompt.
         inputs: the numbers in one image; 0 of a text tower.
+        side: of one image, in pixels; 0 of a text tower.
         activation: what `hidden_act` is called.
         numbers: all weights.
     """
@@ -38,9 +38,9 @@ class Geometry:
     layers: int
     width: int
     hidden: int
-    heads: int
     tokens: int
     inputs: int
+    side: int
     activation: str
     numbers: int
 
@@ -74,14 +74,15 @@ def vision_geometry(config: CLIPVisionConfig) -> Geometry:
     Args:
         config: its configuration.
     """
+    sizes: Any = config  # transformers 5 declares more types than were let through
     return Geometry(
-        layers=config.num_hidden_layers,
-        width=config.hidden_size,
-        hidden=config.intermediate_size,
-        heads=config.num_attention_heads,
-        tokens=(config.image_size // config.patch_size) ** 2 + 1,
-        inputs=config.num_channels * config.image_size**2,
-        activation=config.hidden_act,
+        layers=sizes.num_hidden_layers,
+        width=sizes.hidden_size,
+        hidden=sizes.intermediate_size,
+        tokens=(sizes.image_size // sizes.patch_size) ** 2 + 1,
+        inputs=sizes.num_channels * sizes.image_size**2,
+        side=sizes.image_size,
+        activation=sizes.hidden_act,
         numbers=sum(torch.Size(shape).numel() for shape in expected_shapes(config).values()),
     )
 
@@ -100,9 +101,9 @@ def text_geometry(config: CLIPConfig, tokens: int) -> Geometry:
         layers=text.num_hidden_layers,
         width=text.hidden_size,
         hidden=text.intermediate_size,
-        heads=text.num_attention_heads,
         tokens=min(tokens, text.max_position_embeddings),
         inputs=0,
+        side=0,
         activation=text.hidden_act,
         numbers=numbers,
     )

@@ -84,7 +84,7 @@ def make_load(parts: Parts, config: Mapping[str, Any], problems: Problems) -> Lo
         evaluation_batch=taskpool.batch_size if taskpool is not None and scored else 0,
         batch_routing=bool(getattr(method, "inference_batch_reduce", False)),
         baselines=_baselines(method, modelpool, config) if scored else (),
-        wide=FLOAT if getattr(method, "expert_dtype", "float32") == "float32" else 2,
+        number=FLOAT if getattr(method, "expert_dtype", "float32") == "float32" else 2,
         saves=bool(config.get("merged_model_save_path")),
         gpu=parts.device.type == "cuda",
         mapped=_mapped(modelpool),

@@ -107,7 +107,7 @@ class Speed:
 
 
 def measure_speed(
-    geometry: Geometry, device: torch.device, batch_size: int, side: int, preprocess: Callable[[Any], Tensor] | None
+    geometry: Geometry, device: torch.device, batch_size: int, preprocess: Callable[[Any], Tensor] | None
 ) -> Speed:
     """Measure the speed that this machine has when nothing else runs, in less than a second.
 
@@ -115,10 +115,9 @@ def measure_speed(
         geometry: of the tower.
         device: where it will compute.
         batch_size: images a step.
-        side: of the images that go into the tower, in pixels.
         preprocess: from one image to a tensor, if there are any images.
     """
-    decoding = _decoding(side, preprocess) if preprocess is not None else 0.0
+    decoding = _decoding(geometry.side, preprocess) if preprocess is not None else 0.0
     threads = torch.get_num_threads()
     rows = min(batch_size * geometry.tokens, 4096 if device.type == "cuda" else 256)
     try:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from fusion_merge.planning.geometry import FLOAT, Geometry, ModelSize
 from fusion_merge.pools.images import CACHE_BYTES
 
-LIBRARIES = 130 * 10**6
+LIBRARIES = "interpreter and libraries"
+
+_MORE_LIBRARIES = 60 * 10**6
 """What a run loads or makes beside what planning has loaded: code, buffers of matrix products, threads."""
 
 _GPU = 600 * 10**6
@@ -19,8 +21,18 @@ _GPU = 600 * 10**6
 _PROMPTS = 256
 """Prompts that go through the text tower at a time."""
 
-_SPARE = 1.02
-"""What allocators lose of what is asked for."""
+_LARGE = 32 * 2**20
+"""From this size on, blocks of memory go back to the system when they are freed (glibc)."""
+
+_GAPS = 0.45
+"""What is lost between smaller blocks that are kept for the backward pass, beside them: a gap that one leaves is a few
+bytes too short for the next of the same size, which must be aligned."""
+
+_KEPT = 0.95
+"""What of smaller blocks stays in the process when they are freed."""
+
+_BESIDE_FREED = 0.25
+"""What of a later phase does not fit into what was freed."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,7 @@ class Load:
         evaluation_batch: images a batch; 0 without evaluation.
         batch_routing: whether a batch shares one merged weight in evaluation.
         baselines: what the model is shown beside.
-        wide: bytes of one number of the experts.
+        number: bytes of one number of the experts.
         saves: whether the model is saved.
         gpu: whether a GPU computes.
         mapped: bytes of torch files, which are mapped and stay so.
@@ -102,7 +114,7 @@ class Load:
     evaluation_batch: int = 0
     batch_routing: bool = False
     baselines: tuple[str, ...] = ()
-    wide: int = FLOAT
+    number: int = FLOAT
     saves: bool = False
     gpu: bool = False
     mapped: int = 0
@@ -139,51 +151,64 @@ def memory_phases(load: Load) -> list[Phase]:
     Args:
         load: what memory depends on.
     """
+    phases = [_phase(load, "building", {}, {"one layer's task vectors": building(load)}, on_host=True)]
     heads = {"CLIP model for the heads": FLOAT * load.clip.numbers} if load.clip else {}
-    images = {"images in memory": sum(i.cached for i in load.adapted.values())}
-    phases = [_phase(load, "building", {"one layer's task vectors": building(load)}, {}, on_host=True)]
+    if heads:
+        phases.append(_phase(load, "making heads", heads | _cached(load, load.adapted), {"prompts": prompts(load)}))
+    freed = 0
     if load.training is not None:
-        working = {"activations": activations(load.tower, load.model, load.training), **_training_state(load)}
-        phases.append(_phase(load, "adapting", heads | images, working))
+        working = _training(load, load.training)
+        phases.append(_phase(load, "adapting", heads | _cached(load, load.adapted), working))
+        freed = 0 if load.gpu else int(_KEPT * sum(working.values()))
+    left = _left(load)
     if load.saves:
-        phases.append(_phase(load, "saving", heads | images | {"copies while saving": _copies(load)}, _kept(load)))
+        more = heads | _cached(load, load.adapted) | {"copies while saving": _copies(load)}
+        phases.append(_phase(load, "saving", more, left, freed=freed))
     if load.evaluation_batch:
-        both = load.adapted | load.scored
-        images = {"images in memory": sum(i.cached for i in both.values())}
-        if load.scored and set(load.adapted) & set(load.scored) and load.adapted != load.scored:
-            images["images in memory"] += sum(i.cached for i in load.adapted.values())
-        if heads:
-            phases.append(_phase(load, "making heads", heads | {"prompts": prompts(load)}, _kept(load)))
-        working = _kept(load) | {"activations": evaluation(load)}
-        phases.append(_phase(load, "evaluating", heads | images, working))
+        more = heads | _cached(load, load.adapted | load.scored)
+        phases.append(_phase(load, "evaluating", more, left | {"activations": evaluation(load)}, freed=freed))
         if load.baselines:
-            towers, batch = _baseline_towers(load)
-            working = _kept(load) | {"baselines": towers, "activations": batch}
-            phases.append(_phase(load, "baselines", heads | images, working))
+            plain = {"baselines": _baseline_towers(load), "activations": evaluation(load, routed=False)}
+            phases.append(_phase(load, "baselines", more, left | plain, freed=freed))
     return phases
 
 
-def _phase(load: Load, name: str, host: dict[str, int], working: dict[str, int], *, on_host: bool = False) -> Phase:
-    model = {"model": load.model.bytes}
-    base = {"interpreter and libraries": load.base + LIBRARIES, "mapped files": load.mapped}
+def _phase(
+    load: Load, name: str, host: dict[str, int], working: dict[str, int], *, on_host: bool = False, freed: int = 0
+) -> Phase:
+    """Return a phase.
+
+    What an earlier one freed stays in the process where blocks were small: the next takes from there, mostly.
+    """
+    model, base = {"model": load.model.bytes}, {LIBRARIES: load.base + _MORE_LIBRARIES, "mapped files": load.mapped}
     if load.gpu and not on_host:
         return Phase(name, _there(base | host), _there({"CUDA": _GPU, **model, **working}))
-    return Phase(name, _there(base | model | host | working), {})
+    needed = sum(working.values())
+    unused = max(0, freed - int((1 - _BESIDE_FREED) * needed))
+    return Phase(name, _there(base | model | host | working | {"freed, but kept by the allocator": unused}), {})
+
+
+def _cached(load: Load, images: dict[str, Images]) -> dict[str, int]:
+    return {"images in memory": sum(i.cached for i in images.values())}
 
 
 def _there(parts: dict[str, int]) -> dict[str, int]:
-    libraries = "interpreter and libraries"
-    return {name: part if name == libraries else int(_SPARE * part) for name, part in parts.items() if part}
+    return {name: part for name, part in parts.items() if part}
 
 
-def _training_state(load: Load) -> dict[str, int]:
-    if load.training is None:
-        return {}
-    trained = load.model.bytes if load.training.whole else load.model.router_bytes
-    return {"gradients and optimiser": load.training.state * trained}
+def _training(load: Load, training: Training) -> dict[str, int]:
+    """Return what a step works with."""
+    kept = training.tasks * kept_for_backward(load.tower, load.model, training)
+    wide = training.batch_size * load.tower.tokens * load.tower.hidden * FLOAT
+    trained = load.model.bytes if training.whole else load.model.router_bytes
+    return {
+        "activations": kept + at_hand(load.tower, training),
+        "gaps between them": int(_GAPS * kept) if wide < _LARGE and not load.gpu else 0,
+        "gradients and optimiser": training.state * trained,
+    }
 
 
-def _kept(load: Load) -> dict[str, int]:
+def _left(load: Load) -> dict[str, int]:
     """Return what adaptation leaves behind: the gradients."""
     adapts = load.training is not None and not load.training.whole
     return {"gradients": load.model.router_bytes} if adapts else {}
@@ -205,11 +230,11 @@ def building(load: Load) -> int:
         return 2 * one
     if load.model.kind is None:
         return FLOAT * load.tower.numbers  # the merged state, of which the tower is a copy
-    return one + (FLOAT * stack if load.wide < FLOAT else 0)
+    return one + (FLOAT * stack if load.number < FLOAT else 0)
 
 
-def activations(tower: Geometry, model: ModelSize, training: Training) -> int:
-    """Return what a step keeps for the backward pass, and what it works with.
+def kept_for_backward(tower: Geometry, model: ModelSize, training: Training) -> int:
+    """Return what the forward pass of one batch keeps for the backward pass.
 
     Args:
         tower: the shape.
@@ -217,25 +242,34 @@ def activations(tower: Geometry, model: ModelSize, training: Training) -> int:
         training: how.
     """
     tokens = training.batch_size * tower.tokens
-    wide = training.batch_size * tower.inputs
     if training.whole:
         each = 9 * tower.width + (tower.kept_by_activation + 1) * tower.hidden
-        kept = tower.layers * tokens * each + wide
-        return FLOAT * (kept + tokens * 4 * tower.hidden + training.batches * wide)
+        return FLOAT * (tower.layers * tokens * each + training.batch_size * tower.inputs)
     attention = 6 * tower.width  # the inputs of both norms, q, k, v and the output
-    kept = (tower.layers - 1) * tokens * attention + tokens * tower.width  # before the first MLP nothing is trained
-    kept += tokens * sum(model.router_widths)
-    inputs = tower.width + tower.hidden  # of both linear layers
-    mlp = tower.kept_by_activation * tower.hidden
+    numbers = (tower.layers - 1) * tokens * attention  # before the first MLP nothing is trained
+    numbers += tokens * (tower.width + sum(model.router_widths))
+    mlp, inputs = tower.kept_by_activation * tower.hidden, tower.width + tower.hidden  # of both linear layers
     if merges(tower, model, tokens, training.batch_routing):
         mlp += inputs
-        kept += 2 * tower.layers * tower.matrix if training.batch_routing else 0
+        numbers += 2 * tower.layers * tower.matrix
+    elif model.kind == "low_rank":
+        mlp += 2 * model.coefficients + (tower.width if any(model.router_widths) else 0)
     else:
-        mlp += 2 * model.coefficients + (inputs if model.kind != "low_rank" else 0)
-        mlp += tower.width if any(model.router_widths) and model.kind == "low_rank" else 0
-    kept += tower.layers * tokens * mlp
-    working = tokens * 4 * tower.hidden + 2 * tower.matrix
-    return FLOAT * (training.tasks * kept + working + training.batches * wide)
+        mlp += inputs
+    return FLOAT * (numbers + tower.layers * tokens * mlp)
+
+
+def at_hand(tower: Geometry, training: Training) -> int:
+    """Return what a step works with beside what is kept: gradients under way, and every task's images.
+
+    Args:
+        tower: the shape.
+        training: how.
+    """
+    tokens = training.batch_size * tower.tokens
+    return FLOAT * (
+        4 * tokens * tower.hidden + 2 * tower.matrix + training.batches * training.batch_size * tower.inputs
+    )
 
 
 def merges(tower: Geometry, model: ModelSize, tokens: int, batch_routing: bool) -> bool:
@@ -279,13 +313,12 @@ def prompts(load: Load) -> int:
     return FLOAT * batch * load.clip.tokens * (3 * load.clip.hidden + 2 * load.clip.width)
 
 
-def _baseline_towers(load: Load) -> tuple[int, int]:
-    """Return the bytes of towers that are alive at a time, and of a batch that goes through one."""
-    tower = FLOAT * load.tower.numbers
-    alive = 1 if load.baselines == ("zero_shot",) else 2
-    if "task_arithmetic" in load.baselines:  # the merged state and its tower, and the one scored before
+def _baseline_towers(load: Load) -> int:
+    """Return the bytes of towers that are alive at a time."""
+    alive = 1 if load.baselines == ("zero_shot",) else 2  # one is made while the one before is there
+    if "task_arithmetic" in load.baselines:  # the merged state beside
         alive = 3 if load.baselines[0] != "task_arithmetic" else 2
-    return alive * tower, evaluation(load, routed=False)
+    return alive * FLOAT * load.tower.numbers
 
 
 def _copies(load: Load) -> int:

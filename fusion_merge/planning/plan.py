@@ -142,7 +142,7 @@ def _seconds(parts: Parts, load: Load, problems: Problems) -> dict[str, float]:
         with problems.noted():
             preprocess = pool.processor.preprocess
     batch = load.training.batch_size if load.training is not None else max(1, load.evaluation_batch)
-    speed = measure_speed(load.tower, parts.device, batch, parts.modelpool.config().image_size, preprocess)
+    speed = measure_speed(load.tower, parts.device, batch, preprocess)
     steps = steps_of(parts.method, len(load.adapted))
     return times(load, speed, steps=steps, workers=_workers(parts, load), processes=parts.processes)
 

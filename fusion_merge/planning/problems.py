@@ -25,13 +25,13 @@ class Problems(list[str]):
             self.note(error)
 
     def note(self, error: FusionMergeError) -> None:
-        """Note an error, unless it is there already.
+        """Note an error, unless it is there already, perhaps with its place before it.
 
         Args:
             error: the error.
         """
         text = " ".join(str(error).split())
-        if text not in self:
+        if not any(text in other for other in self):
             self.append(text)
 
 

@@ -104,18 +104,16 @@ def _memory(plan: Plan) -> str:
     gpu = bool(plan.device_peak)
     rows = []
     for phase in plan.phases:
-        parts = ", ".join(f"{what} {size(part)}" for what, part in (phase.device or phase.host).items())
+        there = {what: part for what, part in (phase.device or phase.host).items() if part >= 5e6}
+        parts = ", ".join(f"{what} {part / 1e9:.2f}" for what, part in there.items())
         rows.append([phase.name, _gb(phase.host_bytes), *([_gb(phase.device_bytes)] if gpu else []), parts])
     rows.append(["over all", _gb(plan.peak), *([_gb(plan.device_peak)] if gpu else []), ""])
     where = [f"GB on {plan.device}"] if gpu else []
-    table = tabulate(rows, headers=["memory", "GB", *where, "of which"], disable_numparse=True, colalign=_right(gpu))
+    sides = ("left", "right", *(["right"] if gpu else []), "left")
+    table = tabulate(rows, headers=["memory", "GB", *where, "of which"], disable_numparse=True, colalign=sides)
     free = [f"{size(amount)} free on the {where}" for where, amount in plan.available.items() if amount is not None]
     beside = [f"{size(plan.workers_bytes)} more in processes that read images"] if plan.workers_bytes else []
     return "\n".join([table, "; ".join([*beside, *free])])
-
-
-def _right(gpu: bool) -> tuple[str, ...]:
-    return ("left", "right", *(["right"] if gpu else []), "left")
 
 
 def _gb(number: int) -> str:

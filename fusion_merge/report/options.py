@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from tabulate import tabulate
 REQUIRED = "???"
 """The value of an option that has to be given."""
 
+_HEADERS = ("option", "type", "default", "in Python", "values", "meaning")
+_WIDTH = 70
 _LONGEST = 48
 _ITEMS = 4
 
@@ -44,25 +47,25 @@ def options_table(cls: type, preset: Mapping[str, Any] | None = None, *, style: 
 
     Args:
         cls: a method class, whose fields were declared with `option`, or any class whose docstring has `Args`.
-        preset: the values of a preset: they are the defaults then; those of the code stand beside where they differ.
+        preset: the values of a preset: they are the defaults then; where the code's differ, they stand beside.
         style: a format of tabulate, such as `github` for Markdown, or `simple` for a terminal.
     """
-    options = options_of(cls)
-    headers = ["option", "type", "default", "values", "meaning"]
     rows = []
-    differs = False
-    for option in options:
+    for option in options_of(cls):
         own = shown(option.default)
         chosen = own if preset is None or option.name not in preset else shown(preset[option.name])
-        differs = differs or chosen != own
-        rows.append([option.name, option.type, chosen, own if chosen != own else "", option.values, option.meaning])
-    if not differs:
-        rows = [[*row[:3], *row[4:]] for row in rows]
-    else:
-        headers.insert(3, "in Python")
+        other = own if chosen != own else ""
+        rows.append([option.name, option.type, chosen, other, option.values, option.meaning])
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(_HEADERS)}
+    for name in ("in Python", "values"):
+        if not any(columns[name]):
+            del columns[name]
     if style == "github":
-        rows = [[f"`{row[0]}`", *(_escaped(cell) for cell in row[1:])] for row in rows]
-    return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True) if rows else ""
+        columns = {name: [cell.replace("|", "\\|") for cell in column] for name, column in columns.items()}
+        columns["option"] = [f"`{name}`" for name in columns["option"]]
+    else:
+        columns["meaning"] = [textwrap.fill(cell, _WIDTH) for cell in columns["meaning"]]
+    return tabulate(columns, headers="keys", tablefmt=style, disable_numparse=True) if rows else ""
 
 
 def options_of(cls: type) -> list[Option]:
@@ -143,12 +146,15 @@ def _fields(cls: type) -> Iterator[Option]:
 
 
 def _arguments(cls: type) -> Iterator[Option]:
-    hints, meanings = _hints(cls.__init__), _documented(cls)
+    constructor: Any = cls
+    hints, meanings = _hints(constructor.__init__), _documented(cls)
     for name, parameter in inspect.signature(cls).parameters.items():
         if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
             continue
         default = REQUIRED if parameter.default is inspect.Parameter.empty else parameter.default
-        yield Option(name, _type(hints.get(name, parameter.annotation)), default, "", meanings.get(name, ""))
+        yield Option(
+            name, _type(hints.get(name, parameter.annotation)), default, "", meanings.get(name, "").removesuffix(".")
+        )
 
 
 def _hints(of: Any) -> dict[str, Any]:
@@ -190,7 +196,3 @@ def _values(limits: Mapping[str, Any]) -> str:
         return ", ".join(shown(choice) for choice in limits["choices"])
     signs = {"minimum": "≥", "above": ">", "maximum": "≤", "below": "<"}
     return ", ".join(f"{sign} {shown(limits[key])}" for key, sign in signs.items() if key in limits)
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")

@@ -1,0 +1,358 @@
+"""The plan of a run: what it says against models that are really built, and every problem at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import TASKS
+from runs import Finished, files_in, own_pool, random_tower, run_cli
+from transformers import CLIPVisionConfig
+
+from fusion_merge import EWEMoEAlgorithm, MergedCLIPVisionModel, RankOneMoEAlgorithm, WEMoEAlgorithm
+from fusion_merge.methods.moe_base import MoEMethod
+from fusion_merge.models.clip import empty_tower, pooled_output, save_tower, vision_backbone
+from fusion_merge.models.sources import LazyState
+from fusion_merge.moe import Routing, route_mlps
+from fusion_merge.moe.experts import empty_experts
+from fusion_merge.planning import machine, plan
+from fusion_merge.planning.duration import times
+from fusion_merge.planning.geometry import FLOAT, ModelSize, routed_size, vision_geometry
+from fusion_merge.planning.machine import Speed, available_memory, free_disk, resident_now
+from fusion_merge.planning.memory import Images, Load, Training, kept_for_backward, memory_phases
+from fusion_merge.planning.text import duration, size
+from fusion_merge.pools.datasets import ImageTask
+from fusion_merge.pools.task_pool import model_info
+
+SMALL = ["method.cache_dir=null", "method.max_steps=2", "method.batch_size=4"]
+RANK = ["method=rankone_moe", "method.rank_k=4"]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(machine, "_SECONDS", 0.01)
+
+
+@pytest.fixture
+def nothing_is_read(monkeypatch):
+    def fail(*_: Any) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(LazyState, "__getitem__", fail)
+    monkeypatch.setattr(LazyState, "first_row", fail)
+    monkeypatch.setattr(ImageTask, "item", fail)
+    monkeypatch.setattr("datasets.features.image.Image.decode_example", fail)
+
+
+def planned(pool_dir, cwd, *more: str, **models: Any) -> tuple[Finished, dict[str, Any]]:
+    done = run_cli("plan", *own_pool(pool_dir, **models), "report_save_path=plan.json", *more, cwd=cwd)
+    values = json.loads((cwd / "plan.json").read_text())
+    assert files_in(cwd) == ["plan.json"]
+    assert done.err == ""
+    assert done.code == (0 if values["can_start"] else 1)
+    return done, values
+
+
+# What is planned
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method"),
+    [
+        (RANK, RankOneMoEAlgorithm(rank_k=4)),
+        (["method=wemoe"], WEMoEAlgorithm()),
+        (["method=wemoe", "method.expert_dtype=bfloat16"], WEMoEAlgorithm(expert_dtype="bfloat16")),
+        (["method=e_wemoe"], EWEMoEAlgorithm()),
+    ],
+    ids=["rankone", "wemoe", "half", "e_wemoe"],
+)
+@pytest.mark.usefixtures("nothing_is_read")
+def test_sizes_are_those_of_the_model_that_is_built(pool_dir, modelpool, tmp_path, arguments, method, monkeypatch):
+    done, values = planned(pool_dir, tmp_path, *arguments, *SMALL)
+    monkeypatch.undo()
+    built = method.build(modelpool)
+    info, model = model_info(built), values["model"]
+    slack = 4 if "e_wemoe" in arguments[0] else 0  # a zero in the first place of each of four banks may be stored
+    assert model["trainable"] == info["trainable_params"]
+    assert 0 <= info["all_params"] - model["parameters"] <= slack
+    assert abs(sum(t.nbytes for t in built.own_state().values()) - model["bytes"]) <= 5 * slack
+    assert f"{model['trainable']:,}" in done.out
+    assert "no problems: the run can start" in done.out
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+def test_tasks_are_listed_with_images_classes_and_models(pool_dir, tmp_path):
+    done, values = planned(pool_dir, tmp_path, *RANK, *SMALL, "taskpool.tasks.dogs.split=test")
+    cats = values["tasks"]["cats"]
+    assert (cats["classes"], cats["scored"], cats["adapted"]) == (2, 12, 12)
+    assert cats["model"] == str(pool_dir / "cats")
+    assert str(pool_dir / "cats") in done.out
+    assert any("`split`='test' of `dogs`" in problem for problem in values["problems"])
+    assert "scored" not in values["tasks"]["dogs"]
+
+
+def test_what_is_adapted_on_may_be_other_images(pool_dir, tmp_path):
+    split = tmp_path / "data"
+    for part in ("train", "test"):
+        split.mkdir(exist_ok=True)
+        (split / part).symlink_to(pool_dir / "images" / "cats")
+    more = f"modelpool.test_datasets.cats={{data: {split}, split: train}}"
+    _, values = planned(pool_dir, tmp_path / "run", *RANK, *SMALL, more)
+    assert (values["tasks"]["cats"]["adapted_on"], values["tasks"]["cats"]["scored_on"]) == ("train", "all")
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+@pytest.mark.parametrize("method", ["task_arithmetic", "simple_average", "dummy"])
+def test_static_methods_are_planned_without_training(pool_dir, tmp_path, method):
+    _, values = planned(pool_dir, tmp_path, f"method={method}", "merged_model_save_path=merged")
+    assert values["can_start"]
+    assert "adapting" not in values["phases"]
+    assert values["model"]["trainable"] == 0
+    assert [w["what"] for w in values["writings"]] == ["reports and logs", "merged model"]
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+def test_fine_tuning_is_planned(pool_dir, tmp_path):
+    data = [f"modelpool.train_datasets.{t}={pool_dir / 'images' / t}" for t in TASKS]
+    _, values = planned(pool_dir, tmp_path, "method=clip_finetune", "method.output=towers", *data)
+    assert values["can_start"]
+    assert values["tasks"]["dogs"]["adapted"] == 18
+    towers = next(w for w in values["writings"] if w["what"] == "fine-tuned towers")
+    assert towers["bytes"] == len(TASKS) * FLOAT * values["model"]["parameters"]
+
+
+def test_plan_true_is_the_command_and_a_pool_that_scores_nothing_is_planned(pool_dir, tmp_path):
+    arguments = [a for a in own_pool(pool_dir) if not a.startswith("taskpool")]
+    data = [f"modelpool.test_datasets.{t}={pool_dir / 'images' / t}" for t in TASKS]
+    done = run_cli(*arguments, *data, "taskpool=dummy", *RANK, *SMALL, "plan=true", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert files_in(tmp_path) == []
+    assert "evaluating" not in done.out
+    assert "adapting" in done.out
+
+
+def test_disk_is_what_is_written(pool_dir, modelpool, tmp_path):
+    arguments = ["method=wemoe", "method.max_steps=2", "method.cache_dir=state", "method.save_checkpoint=r.ckpt"]
+    _, values = planned(pool_dir, tmp_path / "plan", *arguments, "merged_model_save_path=merged")
+    planned_bytes = {w["what"]: w["bytes"] for w in values["writings"]}
+    model = WEMoEAlgorithm().build(modelpool)
+    model.save_pretrained(tmp_path / "merged")
+    written = sum(f.stat().st_size for f in (tmp_path / "merged").iterdir())
+    assert 0 <= planned_bytes["merged model"] - written < 100_000
+    routers = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert planned_bytes["state of the adaptation"] >= 2 * 4 * routers
+    assert planned_bytes["router checkpoint"] >= routers
+
+
+# What is wrong
+
+
+def test_all_problems_are_listed_at_once(pool_dir, tmp_path):
+    save_tower(random_tower(0, hidden_size=8), tmp_path / "narrow")
+    missing, nowhere = tmp_path / "no-model", tmp_path / "no-images"
+    more = [f"taskpool.tasks.dogs={{data: {nowhere}}}", "method.rank_k=64", "+modelpool.models.birds=x/y/z"]
+    more += ["taskpool.tasks.cats.classnames=[animal]", "merged_model_save_path=plan.json/merged"]
+    done, values = planned(pool_dir, tmp_path / "run", *RANK[:1], *SMALL, *more, cats=missing, dogs=tmp_path / "narrow")
+    assert done.code == 1
+    expected = (
+        f"model `cats`: `{missing}` does not exist",
+        "model `dogs`",
+        "model `birds`: `x/y/z` does not exist",
+        "`rank_k`=64",
+        f"`{nowhere}` does not exist",
+        "the dataset of `cats` has labels up to 1",
+        "adaptation needs images of `birds`",
+    )
+    for text in expected:
+        assert sum(text in problem for problem in values["problems"]) == 1, (text, values["problems"])
+        assert text in " ".join(done.out.split())
+    assert len(values["problems"]) == len(set(values["problems"]))
+    assert all("\n" not in problem for problem in values["problems"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["method.lr=-1"], "`lr`=-1"),
+        (["taskpool.batch_size=0"], "`batch_size`=0"),
+        (["modelpool.platform=floppy"], "`platform`='floppy'"),
+        (["output_dir=/dev/null/x"], "`output_dir`"),
+        (["fabric.accelerator=tpu"], "`fabric`"),
+        (["method.checkpoint=gone.ckpt"], "`gone.ckpt` does not exist"),
+    ],
+)
+def test_one_problem_is_told_with_what_else_is_known(pool_dir, tmp_path, arguments, text):
+    _, values = planned(pool_dir, tmp_path, *RANK, *SMALL, *arguments)
+    assert any(text in problem for problem in values["problems"])
+
+
+def test_without_the_pretrained_model_the_tasks_are_planned_still(pool_dir, tmp_path):
+    done, values = planned(pool_dir, tmp_path, *RANK, *SMALL, _pretrained_=tmp_path / "gone")
+    assert values["model"] is None
+    assert values["tasks"]["cats"]["scored"] == 12
+    assert "1 problem: the run cannot start" in done.out
+
+
+def test_too_little_memory_and_disk_are_warned_of(pool_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "available_memory", lambda device: 10**6)
+    monkeypatch.setattr("fusion_merge.planning.disk.free_disk", lambda path: 10)
+    done, values = planned(pool_dir, tmp_path, *RANK, *SMALL)
+    assert done.code == 0
+    assert [w.partition(":")[0] for w in values["warnings"]] == ["memory", "disk"]
+    assert "warning: memory: the run needs about" in done.out
+
+
+def test_what_a_machine_does_not_tell_is_left_open(pool_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "available_memory", lambda device: None)
+    monkeypatch.setattr("fusion_merge.planning.disk.free_disk", lambda path: None)
+    done, values = planned(pool_dir, tmp_path, *RANK, *SMALL)
+    assert (done.code, values["warnings"], values["available"]) == (0, [], {"host": None})
+
+
+# The machine
+
+
+def test_the_machine_is_asked(monkeypatch, tmp_path):
+    assert resident_now() > 10**7
+    assert (available_memory(torch.device("cpu")) or 0) > 0
+    assert (free_disk(tmp_path / "not" / "there") or 0) > 0
+    for name in ("_STATUS", "_MEMINFO"):
+        monkeypatch.setattr(machine, name, tmp_path / "gone")
+    monkeypatch.setattr(machine, "_CGROUPS", ())
+    monkeypatch.setattr("os.sysconf_names", {})
+    assert resident_now() > 10**7
+    assert available_memory(torch.device("cpu")) is None
+
+
+# Memory and time
+
+
+def tower_config(**changes: Any) -> CLIPVisionConfig:
+    sizes = {"hidden_size": 48, "intermediate_size": 144, "num_attention_heads": 3, "num_hidden_layers": 3}
+    return CLIPVisionConfig(**(sizes | {"image_size": 32, "patch_size": 8} | changes))
+
+
+def random_model(method: MoEMethod, config: CLIPVisionConfig, tasks: int) -> MergedCLIPVisionModel:
+    """A routed model of the method's shapes; its banks are zero."""
+    tower = empty_tower(config)
+    for parameter in tower.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.02)
+    routed = route_mlps(
+        vision_backbone(tower),
+        make_bank=lambda _, linear: empty_experts(
+            method.experts_spec(tasks, linear.in_features, linear.out_features)
+            | ({"num_values": 0} if isinstance(method, EWEMoEAlgorithm) else {}),
+            linear.in_features,
+            linear.out_features,
+        ),
+        make_router=method.router_maker(torch.Generator().manual_seed(0)),
+        routing=Routing.BATCH if method.batch_reduce else Routing.SAMPLE,
+    )
+    names = [str(n) for n in range(tasks)]
+    return MergedCLIPVisionModel.from_tower(routed, tasks=names, method="", method_options={}, base_model="")
+
+
+def really_kept(model: MergedCLIPVisionModel, images: int) -> int:
+    """The bytes that a forward pass keeps for the backward pass, each piece of memory once."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = pooled_output(model(pixel_values=torch.randn(images, 3, 32, 32)))
+    assert output.requires_grad
+    return sum(kept.values())
+
+
+def cases() -> Iterator[Any]:
+    for routing in (True, False):
+        for depth in (1, 2):
+            options = {"batch_reduce": routing, "router_hidden_layers": depth}
+            yield WEMoEAlgorithm(**options)
+            yield RankOneMoEAlgorithm(rank_k=4, **options)
+            yield EWEMoEAlgorithm(**options)
+    yield EWEMoEAlgorithm(position_encoding=True)
+
+
+@pytest.mark.parametrize(
+    "method", list(cases()), ids=lambda m: f"{m.method_name}-{m.batch_reduce}-{m.router_hidden_layers}"
+)
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_activations_are_those_that_are_kept(method, activation):
+    config = tower_config(hidden_act=activation)
+    expected = kept_for_backward(
+        vision_geometry(config), routed_size(method, config, 4), Training(8, batch_routing=method.batch_reduce)
+    )
+    assert really_kept(random_model(method, config, 4), 8) == pytest.approx(expected, rel=0.06)
+
+
+def load_of(method: MoEMethod, config: CLIPVisionConfig, tasks: int = 4, **changes: Any) -> Load:
+    images = {str(n): Images(100, 3 * 32 * 32 * FLOAT, 100) for n in range(tasks)}
+    training = Training(
+        method.batch_size, 1 if method.use_grad_accumulate else tasks, tasks, batch_routing=method.batch_reduce
+    )
+    load = Load(vision_geometry(config), routed_size(method, config, tasks), tasks, base=10**8, training=training)
+    more = {"adapted": images, "scored": images, "evaluation_batch": 32, "baselines": ("zero_shot", "task_arithmetic")}
+    return dataclasses.replace(load, **(more | changes))
+
+
+def peak(load: Load) -> int:
+    return max(phase.host_bytes for phase in memory_phases(load))
+
+
+@pytest.mark.parametrize("method", [WEMoEAlgorithm(), EWEMoEAlgorithm(), RankOneMoEAlgorithm(rank_k=4)])
+def test_more_of_anything_takes_more_memory(method):
+    base = peak(load_of(method, tower_config()))
+    assert peak(load_of(method, tower_config(num_hidden_layers=6))) > base
+    assert peak(load_of(method, tower_config(), tasks=8)) > base
+    assert peak(load_of(method, tower_config(intermediate_size=288))) > base
+    assert peak(load_of(dataclasses.replace(method, batch_size=64), tower_config())) > base
+    assert peak(load_of(method, tower_config(), evaluation_batch=512, scored={"a": Images(512, 12288, 512)})) > base
+    both = [dataclasses.replace(method, use_grad_accumulate=flag) for flag in (True, False)]
+    assert peak(load_of(both[0], tower_config())) < peak(load_of(both[1], tower_config()))
+
+
+def test_on_a_gpu_the_model_is_there_once_it_is_built():
+    phases = {p.name: p for p in memory_phases(load_of(WEMoEAlgorithm(), tower_config(), gpu=True))}
+    assert phases["building"].device == {}
+    for name in ("adapting", "evaluating"):
+        assert "model" in phases[name].device
+        assert not {"model", "activations"} & phases[name].host.keys()
+
+
+def test_images_are_in_memory_where_they_are_few():
+    few, many = Images(10, 1000, 10), Images(10**6, 10**6, 10**6)
+    assert (few.cached, many.cached) == (10_000, 0)
+
+
+def test_time_grows_with_the_work_and_falls_with_speed():
+    load, fast, slow = load_of(WEMoEAlgorithm(), tower_config()), Speed(1e11, 1e10, 1e-3), Speed(1e10, 1e9, 1e-2)
+    short, long = (times(load, fast, steps=n, workers=2)["adapting"] for n in (10, 1000))
+    assert 5 * short < long
+    sums = [sum(times(load, speed, steps=100, workers=2).values()) for speed in (fast, slow)]
+    assert sums[0] < sums[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(1, "1 B"), (1500, "1.50 kB"), (25e6, "25 MB"), (2.19e9, "2.19 GB"), (21.9e9, "21.9 GB")]
+)
+def test_sizes_in_words(number, text):
+    assert size(number) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.1, "1 s"), (72, "72 s"), (600, "10 min"), (9000, "2.5 h")])
+def test_times_in_words(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_plain_tower_has_no_routers():
+    assert ModelSize(1, 0, 0, 4).router_bytes == 0
