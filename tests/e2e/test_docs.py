@@ -20,6 +20,7 @@ from fusion_merge.schema import register_schema
 ROOT = Path(__file__).parents[2]
 PAGES = {str(file.relative_to(ROOT / "docs")): file for file in sorted((ROOT / "docs").rglob("*.md"))}
 QUICK = ["fast_dev_run=true", "baselines=[]"]
+ONE_CONDITION = ["protocol.corruptions=[contrast]", "protocol.clean=false"]
 ONLY_SAYS = ("plan", "describe", "fetch", "--help", "--cfg")
 
 
@@ -59,6 +60,8 @@ def test_command_of_the_documentation_runs(page, command, home):
     (home / "images.csv").write_text("path,label\n" + "".join(f"{file},{i % 2}\n" for i, file in enumerate(images)))
     only_says = any(a in ONLY_SAYS for a in arguments) or arguments == ["reproduce"]
     copies = [] if "--cfg" in arguments else on_local_copies(arguments, home)
+    if "protocol=robustness" in arguments:
+        copies += ONE_CONDITION  # all of them are run by test_protocols.py
     result = run_cli(*arguments, *copies, *([] if only_says else QUICK), cwd=home)
     assert result.code in ((0, 2) if arguments[0] == "reproduce" else (0,)), result.err
     assert result.out.strip()

@@ -22,7 +22,7 @@ QUICK = ["fast_dev_run=true", "baselines=[]"]
 @pytest.mark.parametrize("command", commands(README, "fusion_merge"))
 def test_command_of_the_readme_runs(command, home):
     arguments = shlex.split(command)[1:]
-    asks_only = any(a in ("--help", "--cfg") for a in arguments)
+    asks_only = any(a in ("plan", "describe", "--help", "--cfg") for a in arguments)
     result = run_cli(*arguments, *([] if asks_only else QUICK), cwd=home)
     assert result.code == 0, result.err
     assert result.out.strip()
