@@ -37,7 +37,7 @@ def help_text(overrides: list[str]) -> str:
 
 def shown_presets() -> str:
     """Return the presets of each group that a user chooses from, families of names in braces, wrapped."""
-    width = min(max(shutil.get_terminal_size().columns, 60), 120)
+    width = min(max(shutil.get_terminal_size().columns, 64), 120)
     groups = sorted(CHOSEN)
     indent = " " * (max(map(len, groups)) + 2)
     lines: list[str] = []

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -83,9 +84,7 @@ class MoEMethod(Method):
     max_steps: int = option(1000, help="adaptation steps; each takes one batch of each task", minimum=0)
     batch_size: int = option(16, help="images of each task a step", minimum=1)
     use_grad_accumulate: bool = option(True, help="backward after each task: the same gradient in less memory")
-    tta_split: str = option(
-        "test", help="what is adapted on: test, what is scored; or another split of the same data", choices=TTA_SPLITS
-    )
+    tta_split: str = option("test", help="adapt on what is scored, or on another split of it", choices=TTA_SPLITS)
     num_workers: int = option(16, help="the most worker processes a task; sized to the machine", minimum=0)
     devices: int | str = option(1, help="devices; on the command line the same as `fabric.devices`")
     seed: int = option(0, help="of router initialisation and image order", minimum=0)
@@ -221,9 +220,8 @@ class MoEMethod(Method):
         self.record, self.adapted_on = None, {}
         pools: dict[str, CLIPVisionModelTaskPool] = {}
         with together():
-            model = (
-                self.builder(self, modelpool, fabric.device) if self.builder else self.build(modelpool, fabric.device)
-            )
+            build = partial(self.builder, self) if self.builder else self.build
+            model = build(modelpool, fabric.device)
             fabric.to_device(model)
             if self.checkpoint:
                 load_routers(str(self.checkpoint), model, self._belongs_to(modelpool))

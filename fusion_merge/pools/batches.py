@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -87,7 +88,8 @@ class LoadedBatches(Iterator[Any]):
         self._batches = iter(())
         self._loader._iterator = None
         if shut_down is not None:
-            shut_down()
+            with suppress(RuntimeError):  # of a worker that ended by itself: whoever closes knows, or need not
+                shut_down()
 
     def __next__(self) -> Any:
         name = self._loader.images.task.name

@@ -171,7 +171,7 @@ def _label(splits: Mapping[str, tuple[Path, Sequence[PurePath]]]) -> DatasetDict
     number = {name: i for i, name in enumerate(names)}
     made = {}
     for split, (folder, images) in splits.items():
-        columns: dict[str, list[Any]] = {"image": [str(folder / f) for f in images]}
+        columns: dict[str, list[Any]] = {"image": [str(folder.absolute() / f) for f in images]}
         features: dict[str, Any] = {"image": Image()}
         own = classes[split]
         if own is not None:

@@ -119,6 +119,8 @@ class TaskImages(Dataset[tuple[Tensor, int]]):
         try:
             image, label = self.task.item(index)
             verb = "use"
+            if self.task.corruption is not None:
+                image = self.task.corruption.apply(image, self.task.name, index)
             pixels = self._preprocess(image)
         except Exception as error:  # decoders and processors raise errors of every kind
             if verb == "read" and isinstance(error, DataError):

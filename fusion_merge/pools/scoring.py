@@ -90,3 +90,19 @@ def count(
         loss.update(F.cross_entropy(logits, labels, reduction="none"))
         scored.update(len(labels))
     return Counts(accuracy, loss, scored, skipped)
+
+
+def model_info(model: nn.Module) -> dict[str, float]:
+    """Return how many parameters a model has and trains; a shared one counts once.
+
+    Args:
+        model: any module.
+    """
+    parameters = list(model.parameters())
+    total = sum(p.numel() for p in parameters)
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return {
+        "trainable_params": trainable,
+        "all_params": total,
+        "trainable_percentage": trainable / total if total else 0.0,
+    }

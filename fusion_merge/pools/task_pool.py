@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -31,6 +30,9 @@ from fusion_merge.models.clip import (
 from fusion_merge.models.clip_config import plain_config
 from fusion_merge.models.sources import fingerprint
 from fusion_merge.models.task_models import TaskModels
+from fusion_merge.pools.base import DummyTaskPool as DummyTaskPool
+from fusion_merge.pools.base import Report
+from fusion_merge.pools.base import TaskPool as TaskPool
 from fusion_merge.pools.datasets import ImageTask, make_task
 from fusion_merge.pools.heads import ZeroShotHead, prompts_of, zero_shot_head
 from fusion_merge.pools.images import OnBadImage
@@ -46,6 +48,7 @@ from fusion_merge.pools.pool_options import (
 from fusion_merge.pools.reading import Purpose
 from fusion_merge.pools.references import Reference
 from fusion_merge.pools.scoring import Counts, count
+from fusion_merge.pools.scoring import model_info as model_info
 from fusion_merge.pools.specs import with_split
 from fusion_merge.processes import together
 
@@ -53,30 +56,6 @@ log = logging.getLogger(__name__)
 
 RESERVED = ("average", "averages", "baselines", "evaluation", "model_info", "routings", "run")
 """Names that a report uses for itself: no task may have them."""
-
-Report = dict[str, Any]
-
-
-class TaskPool(ABC):
-    """What a merged model is scored on."""
-
-    @abstractmethod
-    def evaluate(self, model: nn.Module | TaskModels, **options: Any) -> Report:
-        """Score a model.
-
-        Args:
-            model: what to score.
-            **options: what the concrete pool takes.
-        """
-
-
-@final
-class DummyTaskPool(TaskPool):
-    """Scores nothing: reports the size of the model alone."""
-
-    def evaluate(self, model: nn.Module | TaskModels, **options: Any) -> Report:
-        """See `TaskPool.evaluate`."""
-        return {} if isinstance(model, TaskModels) else {"model_info": model_info(model)}
 
 
 @final
@@ -399,22 +378,6 @@ class CLIPVisionModelTaskPool(TaskPool):
             bad = self.images(name).bad.values()  # those that this process met with
             example = f", such as: {next(iter(bad))}" if bad else ""
             log.warning("`%s`: %d bad images are left out of the scores%s", name, skipped, example)
-
-
-def model_info(model: nn.Module) -> dict[str, float]:
-    """Return how many parameters a model has and trains; a shared one counts once.
-
-    Args:
-        model: any module.
-    """
-    parameters = list(model.parameters())
-    total = sum(p.numel() for p in parameters)
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    return {
-        "trainable_params": trainable,
-        "all_params": total,
-        "trainable_percentage": trainable / total if total else 0.0,
-    }
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -1158,7 +1158,7 @@ def test_saved_data_set_that_says_something_else(pool_dir, tmp_path, file, junk)
 
 
 LABELS: dict[str, list[Any]] = {
-    "text": ["a", "b"], "numbers with fractions": [0.5, 1.0], "nan": [float("nan"), 0.0], "negative": [0, -1],
+    "some text": ["a", None], "numbers with fractions": [0.5, 1.0], "nan": [float("nan"), 0.0], "negative": [0, -1],
     "too large": [0, 7], "huge": [0, 2**62], "null": [None, None], "some null": [None, 0], "lists": [[0], [1]],
     "lists of other lengths": [[0], [1, 2]], "tables": [{"a": 1}, {"a": 2}], "bytes": [b"a", b"b"],
 }  # fmt: skip

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from fusion_merge.preset_names import method_presets, preset_names
 from runs import files_in, run_cli
 
 from fusion_merge import CLIPVisionModelPool, CLIPVisionModelTaskPool, DummyTaskPool, get_method, list_methods, registry
 from fusion_merge.methods.base import Method
 from fusion_merge.options import option
+from fusion_merge.presets import chosen_presets, method_presets
 from fusion_merge.registry import register_method
 from fusion_merge.report.options import REQUIRED, formula, options_of, options_table, shown, source, summary
 
@@ -124,7 +124,7 @@ def test_without_more_everything_is_listed(tmp_path):
     text = described(cwd=tmp_path)
     assert all(name in text for name in [*METHODS, "options of modelpool", "options of taskpool", "tiny8_unseen"])
     assert "wemoe/weight_ensembling_moe" in method_presets()
-    assert preset_names()["modelpool"] == sorted(preset_names()["modelpool"])
+    assert chosen_presets()["modelpool"] == sorted(chosen_presets()["modelpool"])
 
 
 @pytest.mark.parametrize("group", ["method", "modelpool", "taskpool"])

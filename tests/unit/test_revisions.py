@@ -142,7 +142,8 @@ def test_split_is_the_one_that_was_taken(pool_dir, tmp_path):
     whole = CLIPVisionModelTaskPool({"cats": str(tmp_path)}, split="test")
     origin = data_origin(whole, "cats")
     assert (origin["revision"], origin["split"], origin["images"]) == (None, "test", 12)
-    data = Dataset.from_dict({"image": ["a"], "label": [0]}, split=NamedSplit("validation"))
+    picture = str(next((tmp_path / "test").rglob("*.png")))
+    data = Dataset.from_dict({"image": [picture], "label": [0]}, split=NamedSplit("validation"))
     own = CLIPVisionModelTaskPool({"cats": {"data": data, "classnames": ["x"]}})
     assert data_origin(own, "cats")["split"] == "validation"
 
