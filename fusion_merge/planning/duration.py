@@ -24,7 +24,7 @@ _PASSES_HIDDEN, _PASSES_WIDTH = 8, 24
 _CALL = 6e-4
 """Seconds that one layer's forward pass takes, however small it is."""
 
-_BACK = 1.25
+_BACK = 1.1
 """A backward pass to the inputs, beside a forward pass."""
 
 _MERGING = 6.0
