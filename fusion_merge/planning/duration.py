@@ -9,13 +9,22 @@ from fusion_merge.planning.geometry import FLOAT, Geometry, ModelSize
 from fusion_merge.planning.machine import Speed
 from fusion_merge.planning.memory import Images, Load, Training, merges
 
+_PICTURED = 128
+"""Images of each task whose routing is drawn."""
+
 START = 6.0
 """Libraries, datasets and processors."""
 
-_BESIDE = 1.35
-"""A forward pass beside its matrix products alone."""
+_BESIDE = 1.1
+"""What the products of a forward pass take beside one large product of as many multiplications."""
 
-_BACK = 1.25
+_PASSES_HIDDEN, _PASSES_WIDTH = 8, 24
+"""How often numbers as wide as the MLP, and as the tower, go through memory in each layer."""
+
+_CALL = 6e-4
+"""Seconds that one layer's forward pass takes, however small it is."""
+
+_BACK = 1.1
 """A backward pass to the inputs, beside a forward pass."""
 
 _MERGING = 6.0
@@ -30,7 +39,7 @@ _WHOLE = 60
 _SORTING = 60e-9
 """Seconds for one number of a task vector that is pruned and stored sparse."""
 
-_READING = 1.0e9
+_READING = 0.7e9
 """Bytes a second from a file that the system has at hand, to a task vector."""
 
 
@@ -57,17 +66,22 @@ def times(load: Load, speed: Speed, *, steps: int, workers: int, processes: int 
             cached = {name: Images(0, 0, 0) if i.cached else i for name, i in load.scored.items()}  # decoded by then
             plain = _scoring(load, speed) + _decoded(cached, speed) / max(1, workers)
             found["baselines"] = len(load.baselines) * plain / processes
+        if load.model.kind is not None:
+            found["pictures"] = _routed_pictures(load, speed)
     return found
 
 
-def forward_time(tower: Geometry, speed: Speed) -> float:
-    """Return the time of one image in a plain tower.
+def forward_time(tower: Geometry, speed: Speed, images: int) -> float:
+    """Return the time of a batch in a plain tower.
 
     Args:
         tower: the shape.
         speed: of this machine.
+        images: in the batch.
     """
-    return _BESIDE * tower.products / speed.products
+    moved = FLOAT * tower.tokens * (_PASSES_HIDDEN * tower.hidden + _PASSES_WIDTH * tower.width)
+    each = _BESIDE * tower.products / speed.products + tower.layers * moved / speed.traffic
+    return images * each + tower.layers * _CALL
 
 
 def step_time(tower: Geometry, model: ModelSize, training: Training, speed: Speed) -> float:
@@ -80,7 +94,7 @@ def step_time(tower: Geometry, model: ModelSize, training: Training, speed: Spee
         speed: of this machine.
     """
     images, tasks = training.batch_size, training.batches
-    forward = images * forward_time(tower, speed)
+    forward = forward_time(tower, speed, images)
     if training.whole:
         return forward * (1 + 2 * _BACK) + 10 * FLOAT * tower.numbers / speed.traffic
     one = forward * (1 + _BACK) + _routed(tower, model, images, training.batch_routing, speed, backward=True)
@@ -127,7 +141,9 @@ def building_time(load: Load, speed: Speed) -> float:
 
 
 def _scoring(load: Load, speed: Speed) -> float:
-    return sum(i.used for i in load.scored.values()) * forward_time(load.tower, speed)
+    batches = [(i.used // load.evaluation_batch, i.used % load.evaluation_batch) for i in load.scored.values()]
+    whole = sum(n for n, _ in batches) * forward_time(load.tower, speed, load.evaluation_batch)
+    return whole + sum(forward_time(load.tower, speed, rest) for _, rest in batches if rest)
 
 
 def _evaluation(load: Load, speed: Speed, workers: int, *, routed: bool) -> float:
@@ -141,6 +157,14 @@ def _evaluation(load: Load, speed: Speed, workers: int, *, routed: bool) -> floa
     return _scoring(load, speed) + added + read
 
 
+def _routed_pictures(load: Load, speed: Speed) -> float:
+    """Return the time to see how the images of each task are routed: 128 of each."""
+    images = sum(min(i.used, _PICTURED) for i in load.scored.values())
+    added = images / _PICTURED * _routed(load.tower, load.model, _PICTURED, load.batch_routing, speed, backward=False)
+    read = sum(min(i.count, _PICTURED) for i in load.scored.values() if not i.cached) * speed.decoding
+    return images / _PICTURED * forward_time(load.tower, speed, _PICTURED) + added + read
+
+
 def _decoded(images: dict[str, Images], speed: Speed, most: int | None = None) -> float:
     """Return the time to decode images: those that are kept once, others as often as they are asked for."""
     counts = [i.count if i.cached or most is None else most for i in images.values()]
@@ -150,4 +174,5 @@ def _decoded(images: dict[str, Images], speed: Speed, most: int | None = None) -
 def _heads(load: Load, speed: Speed) -> float:
     if load.clip is None:
         return 0.0
-    return load.clip.numbers * FLOAT / _READING + load.all_prompts * _BESIDE * load.clip.products / speed.products
+    reading = load.clip.numbers * FLOAT / _READING
+    return reading + forward_time(load.clip, speed, load.all_prompts)

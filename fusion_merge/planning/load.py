@@ -110,7 +110,7 @@ def _images(pools: Mapping[str, CLIPVisionModelTaskPool], tower: Geometry) -> di
             count = len(pool.task(name))
         except FusionMergeError:  # noted before
             continue
-        found[name] = Images(count, FLOAT * tower.inputs, pool.batch_size if pool.fast_dev_run else count)
+        found[name] = Images(count, FLOAT * tower.inputs, min(count, pool.batch_size) if pool.fast_dev_run else count)
     return found
 
 

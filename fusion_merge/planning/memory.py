@@ -291,7 +291,7 @@ def evaluation(load: Load, *, routed: bool = True) -> int:
         load: what memory depends on.
         routed: whether the model is a routed one; a plain tower otherwise.
     """
-    tower, largest = load.tower, max((i.count for i in load.scored.values()), default=0)
+    tower, largest = load.tower, max((i.used for i in load.scored.values()), default=0)
     batch = min(load.evaluation_batch, largest)
     tokens = batch * tower.tokens
     mlp = 3 * tower.hidden + 2 * tower.width
