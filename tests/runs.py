@@ -15,7 +15,6 @@ from unittest import mock
 
 import torch
 from helpers import TASKS
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from torch import nn
@@ -43,8 +42,6 @@ def run_cli(*arguments: str, cwd: Path) -> Finished:
     cwd.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    store = ConfigStore.instance()
-    presets = _folders(store.repo)
     out, err = io.StringIO(), io.StringIO()
     code = 0
     torch.set_num_threads(1)
@@ -61,15 +58,9 @@ def run_cli(*arguments: str, cwd: Path) -> Finished:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     finally:
         root.handlers, root.level = handlers, level
-        store.repo = presets
         GlobalHydra.instance().clear()
         HydraConfig.instance().cfg = None
     return Finished(code, out.getvalue(), err.getvalue())
-
-
-def _folders(repository: dict[str, Any]) -> dict[str, Any]:
-    """Return the presets that Hydra holds in memory, in folders of its own: a command registers more."""
-    return {name: _folders(entry) if isinstance(entry, dict) else entry for name, entry in repository.items()}
 
 
 def assert_refused(done: Finished, cwd: Path, *texts: str) -> None:
