@@ -12,6 +12,9 @@ from fusion_merge.planning.memory import Images, Load, Training, merges
 _PICTURED = 128
 """Images of each task whose routing is drawn."""
 
+_MEASURED = 64
+"""Images of each task by which its mean coefficients are measured after adaptation."""
+
 START = 6.0
 """Libraries, datasets and processors."""
 
@@ -21,7 +24,7 @@ _BESIDE = 1.1
 _PASSES_HIDDEN, _PASSES_WIDTH = 8, 24
 """How often numbers as wide as the MLP, and as the tower, go through memory in each layer."""
 
-_CALL = 6e-4
+_CALL = 1.2e-3
 """Seconds that one layer's forward pass takes, however small it is."""
 
 _BACK = 1.1
@@ -30,7 +33,7 @@ _BACK = 1.1
 _MERGING = 6.0
 """What a product of short rows costs beside one of large matrices: merging a weight for each image."""
 
-_DECOMPOSING = 40
+_DECOMPOSING = 60
 """Passes over a matrix and a subspace of twice the rank in a truncated decomposition."""
 
 _WHOLE = 60
@@ -60,6 +63,8 @@ def times(load: Load, speed: Speed, *, steps: int, workers: int, processes: int 
         found["adapting"] = steps * step_time(load.tower, load.model, load.training, speed) + _decoded(
             load.adapted, speed, load.training.batch_size * steps
         )
+        if load.model.kind is not None:
+            found["adapting"] += _looked_at(load, load.adapted, _MEASURED, speed)
     if load.evaluation_batch:
         found["evaluating"] = _evaluation(load, speed, workers, routed=load.model.kind is not None) / processes
         if load.baselines:
@@ -67,7 +72,7 @@ def times(load: Load, speed: Speed, *, steps: int, workers: int, processes: int 
             plain = _scoring(load, speed) + _decoded(cached, speed) / max(1, workers)
             found["baselines"] = len(load.baselines) * plain / processes
         if load.model.kind is not None:
-            found["pictures"] = _routed_pictures(load, speed)
+            found["pictures"] = _looked_at(load, load.scored, _PICTURED, speed)
     return found
 
 
@@ -157,12 +162,12 @@ def _evaluation(load: Load, speed: Speed, workers: int, *, routed: bool) -> floa
     return _scoring(load, speed) + added + read
 
 
-def _routed_pictures(load: Load, speed: Speed) -> float:
-    """Return the time to see how the images of each task are routed: 128 of each."""
-    images = sum(min(i.used, _PICTURED) for i in load.scored.values())
-    added = images / _PICTURED * _routed(load.tower, load.model, _PICTURED, load.batch_routing, speed, backward=False)
-    read = sum(min(i.count, _PICTURED) for i in load.scored.values() if not i.cached) * speed.decoding
-    return images / _PICTURED * forward_time(load.tower, speed, _PICTURED) + added + read
+def _looked_at(load: Load, images: dict[str, Images], most: int, speed: Speed) -> float:
+    """Return the time to see how at most so many images of each task are routed."""
+    count = sum(min(i.used, most) for i in images.values())
+    added = count / most * _routed(load.tower, load.model, most, load.batch_routing, speed, backward=False)
+    read = sum(min(i.used, most) for i in images.values() if not i.cached) * speed.decoding
+    return count / most * forward_time(load.tower, speed, most) + added + read
 
 
 def _decoded(images: dict[str, Images], speed: Speed, most: int | None = None) -> float:
