@@ -49,7 +49,7 @@ def find_command(name: str) -> Command:
 
 
 def spell_out(arguments: list[str]) -> list[str]:
-    """Return the command line as options alone: `plan method=wemoe` is `command=plan method=wemoe`.
+    """Return the command line as options alone: `run method=wemoe` is `command=run method=wemoe`.
 
     Args:
         arguments: what was typed.
@@ -61,5 +61,5 @@ def spell_out(arguments: list[str]) -> list[str]:
         return arguments
     word, *rest = arguments
     if word not in COMMANDS:
-        raise ConfigError(f"`{word}` is not a command; {nearest(word, COMMANDS)}, or write KEY=VALUE")
+        raise ConfigError(f"`{word}` is neither KEY=VALUE nor a command; {nearest(word, COMMANDS)}")
     return [f"command={word}", *rest]
