@@ -63,7 +63,7 @@ def spell_out(arguments: list[str]) -> list[str]:
         return arguments
     word, *rest = arguments
     if word not in COMMANDS:
-        raise ConfigError(f"`{word}` is not a command; {nearest(word, COMMANDS)}, or write KEY=VALUE")
+        raise ConfigError(f"`{word}` is neither KEY=VALUE nor a command; {nearest(word, COMMANDS)}")
     if word == "reproduce" and rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")):
         rest[0] = f"reproduction={rest[0]}"
     return [f"command={word}", *rest]

@@ -343,7 +343,7 @@ def test_wrong_argument_is_refused_in_one_line(argument, texts, tmp_path):
 
 @pytest.mark.parametrize(
     ("argument", "text"),
-    [("method=wemoe,e_wemoe", "--multirun"), ("method", "write KEY=VALUE"), ("taskpool.tasks.cats={data", "{data")],
+    [("method=wemoe,e_wemoe", "--multirun"), ("taskpool.tasks.cats={data", "{data")],
 )
 def test_argument_that_cannot_be_read_is_refused_in_hydra_s_words(argument, text, tmp_path):
     done = run_cli(argument, cwd=tmp_path)
@@ -406,10 +406,16 @@ def test_plan_names_method_models_and_tasks(pool_dir, tmp_path):
     assert files_in(tmp_path) == []
 
 
-def test_a_word_that_is_no_command_names_the_nearest(tmp_path):
-    done = run_cli("rum", "method=wemoe", cwd=tmp_path)
-    assert done.code == 1
-    assert "`rum` is not a command; did you mean `run`?" in done.err
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [
+        ("rum", "`rum` is neither KEY=VALUE nor a command; did you mean `run`?"),
+        ("method", "`method` is neither KEY=VALUE nor a command; known are: run"),
+        ("command=rum", "`rum` is not a command; did you mean `run`?"),
+    ],
+)
+def test_what_is_no_command_is_refused_in_one_line(argument, text, tmp_path):
+    assert_refused(run_cli(argument, "method=wemoe", cwd=tmp_path), tmp_path, text)
 
 
 def test_run_may_be_said(pool_dir, tmp_path):

@@ -129,7 +129,9 @@ def test_without_more_everything_is_listed(tmp_path):
 
 @pytest.mark.parametrize("group", ["method", "modelpool", "taskpool"])
 def test_an_unknown_name_is_refused_with_the_nearest(tmp_path, group):
-    wrong, right = {"method": ("wemo", "wemoe"), "modelpool": ("tiny9", "tiny8")}.get(group, ("clip_visio", "clip_vision"))
+    wrong, right = {"method": ("wemo", "wemoe"), "modelpool": ("tiny9", "tiny8")}.get(
+        group, ("clip_visio", "clip_vision")
+    )
     done = run_cli("describe", f"{group}={wrong}", cwd=tmp_path)
     assert done.code == 1
     assert f"`{group}={wrong}` is not a preset; did you mean `{right}`?" in done.err
