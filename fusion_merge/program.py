@@ -41,6 +41,28 @@ Report = dict[str, Any]
 _WRITTEN = ("report.json", "report.md", "reproduction.json", "reproduction.md", "routing.png", "loss.png")
 
 
+def task_pool_config(config: Mapping[str, Any], modelpool: CLIPVisionModelPool) -> Mapping[str, Any]:
+    """Return the task pool's configuration: one that is given no tasks takes the model pool's `test_datasets`.
+
+    Args:
+        config: the resolved configuration, as in `config/config.yaml`.
+        modelpool: the models.
+
+    Raises:
+        DataError: if there are no tasks in either.
+    """
+    own: Mapping[str, Any] = config["taskpool"]
+    tables = [own[key] for key in ("tasks", "test_datasets") if key in own]
+    if not tables or any(tables):
+        return own
+    if not modelpool.test_datasets:
+        raise DataError(
+            "there is nothing to score on: the task pool has no tasks, and the model pool no `test_datasets`; "
+            "choose `taskpool=NAME`, give `taskpool.tasks.TASK={data: …}`, or take `taskpool=dummy`"
+        )
+    return {**own, "test_datasets": modelpool.test_datasets}
+
+
 class FusionProgram:
     """One run, from a plain configuration.
 
@@ -59,7 +81,7 @@ class FusionProgram:
         self.output_dir = output_dir
         self.method: Method = object_from_config(config["method"], "method", Method)
         self.modelpool: CLIPVisionModelPool = object_from_config(config["modelpool"], "modelpool", CLIPVisionModelPool)
-        self.taskpool: TaskPool = object_from_config(self._task_config(), "taskpool", TaskPool)
+        self.taskpool: TaskPool = object_from_config(task_pool_config(config, self.modelpool), "taskpool", TaskPool)
         self.seconds: dict[str, float] = {}
         self.groups: dict[str, list[str]] = {}
         """Tasks whose averages are reported by themselves, by what they are called."""
@@ -68,18 +90,15 @@ class FusionProgram:
         if isinstance(self.taskpool, CLIPVisionModelTaskPool):
             self.modelpool.lend_pretrained(self.taskpool)
 
-    def _task_config(self) -> Mapping[str, Any]:
-        """Return the task pool's configuration: one that is given no tasks takes the model pool's `test_datasets`."""
-        config: Mapping[str, Any] = self.config["taskpool"]
-        tables = [config[key] for key in ("tasks", "test_datasets") if key in config]
-        if not tables or any(tables):
-            return config
-        if not self.modelpool.test_datasets:
-            raise DataError(
-                "there is nothing to score on: the task pool has no tasks, and the model pool no `test_datasets`; "
-                "choose `taskpool=NAME`, give `taskpool.tasks.TASK={data: …}`, or take `taskpool=dummy`"
-            )
-        return {**config, "test_datasets": self.modelpool.test_datasets}
+    @property
+    def usual(self) -> FusionProgram:
+        """The run itself; a protocol's program may consist of several."""
+        return self
+
+    @property
+    def runs(self) -> int:
+        """How often it adapts and scores."""
+        return 1
 
     def check(self) -> None:
         """Check what can be checked before any weight is read.
@@ -90,7 +109,7 @@ class FusionProgram:
         self.method.check(self.modelpool, self._tasks_for_method())
         if isinstance(self.taskpool, CLIPVisionModelTaskPool):
             self.taskpool.check()
-        self._check_routings()
+        self.check_routings()
         self.check_surroundings()
 
     def check_surroundings(self) -> tuple[torch.device, int]:
@@ -105,7 +124,12 @@ class FusionProgram:
             check_precision(fabric)
         return fabric.device, fabric.world_size
 
-    def _check_routings(self) -> None:
+    def check_routings(self) -> None:
+        """Check under which further routings the model is to be scored.
+
+        Raises:
+            ConfigError: if one is unknown, or the model has none.
+        """
         wanted, known = self.config.get("evaluate_routings") or [], [routing.value for routing in Routing]
         for name in wanted:
             if name not in known:

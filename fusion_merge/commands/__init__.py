@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fusion_merge.errors import ConfigError, nearest
+from fusion_merge.presets import CHOSEN
 
 COMMANDS = ("run", "plan", "describe", "fetch", "reproduce")
 """The words that may come first on the command line; without one, `run`."""
+
+_ABOUT = {"describe": "method", "reproduce": "reproduction"}
+"""The option that a bare word after a command is for."""
 
 
 class Command(Protocol):
@@ -51,7 +55,8 @@ def find_command(name: str) -> Command:
 def spell_out(arguments: list[str]) -> list[str]:
     """Return the command line as options alone: `plan method=wemoe` is `command=plan method=wemoe`.
 
-    `reproduce NAME` is `command=reproduce reproduction=NAME`.
+    The word after a command may be the name that it is about: `describe wemoe` is `describe method=wemoe`, and
+    `reproduce NAME` is `reproduce reproduction=NAME`.
 
     Args:
         arguments: what was typed.
@@ -62,8 +67,11 @@ def spell_out(arguments: list[str]) -> list[str]:
     if not arguments or "=" in arguments[0] or arguments[0].startswith(("-", "+", "~")):
         return arguments
     word, *rest = arguments
+    if word in CHOSEN:
+        raise ConfigError(f"`{word}` has no value; write `{word}=NAME`")
     if word not in COMMANDS:
         raise ConfigError(f"`{word}` is neither KEY=VALUE nor a command; {nearest(word, COMMANDS)}")
-    if word == "reproduce" and rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")):
-        rest[0] = f"reproduction={rest[0]}"
+    about = _ABOUT.get(word)
+    if about is not None and rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")):
+        rest[0] = f"{about}={rest[0]}"
     return [f"command={word}", *rest]

@@ -11,6 +11,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fusion_merge.commands import spell_out
 from fusion_merge.methods.base import Method
 from fusion_merge.pools.model_pool import CLIPVisionModelPool
 from fusion_merge.pools.task_pool import TaskPool
@@ -35,7 +36,7 @@ def run(config: Mapping[str, Any], output_dir: Path, typed: str) -> int:
 def _named(typed: str) -> dict[str, str | None]:
     """Return the parts that the command line names, with the name of the preset if it gives one."""
     found: dict[str, str | None] = {}
-    for argument in shlex.split(typed)[1:]:
+    for argument in spell_out(shlex.split(typed)[1:]):
         key, equals, value = argument.lstrip("+").partition("=")
         group = key.partition(".")[0]
         if equals and group in _KINDS:

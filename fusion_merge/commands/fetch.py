@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
 from tabulate import tabulate
 
 from fusion_merge.errors import FusionMergeError, reason
 from fusion_merge.models.clip import PROCESSOR_FILES
+from fusion_merge.models.offline import WAY_OUT, is_offline
 from fusion_merge.models.sources import find_others, shortened, split_source
 from fusion_merge.pools.cached_data import cached_files, commit_of
 from fusion_merge.pools.model_pool import CLIPVisionModelPool
@@ -38,6 +39,7 @@ class _Thing:
         kind: what it is.
         name: what the configuration calls it.
         source: where it comes from, in words.
+        key: the same for things of one kind that are one and the same.
         local: whether that is a path here.
         bring: brings it here, and returns its files.
     """
@@ -45,6 +47,7 @@ class _Thing:
     kind: str
     name: str
     source: str
+    key: str
     local: bool
     bring: Callable[[], Sequence[Path]]
 
@@ -58,7 +61,8 @@ def run(config: Mapping[str, Any], output_dir: Path, typed: str) -> int:
         try:
             files = list(thing.bring())
         except FusionMergeError as error:
-            missing.append(f"{thing.kind} `{thing.name}` ({thing.source}): {shortened(reason(error))}")
+            why = shortened(reason(error)).replace(f"; {WAY_OUT}", "")  # which is what is done here
+            missing.append(f"{thing.kind} `{thing.name}` ({thing.source}): {why}")
             rows.append([thing.kind, thing.name, thing.source, "", "", "missing", ""])
             continue
         size = sum(file.stat().st_size for file in files)
@@ -68,7 +72,7 @@ def run(config: Mapping[str, Any], output_dir: Path, typed: str) -> int:
     headers = ["what", "name", "from", "revision", "size", "status", "where"]
     log.info("%s", tabulate(rows, headers=headers, disable_numparse=True))
     if missing:
-        offline = "offline (`HF_HUB_OFFLINE`), and " if constants.HF_HUB_OFFLINE else ""
+        offline = "offline (`HF_HUB_OFFLINE`), and " if is_offline() else ""
         raise FusionMergeError(f"{offline}{len(missing)} of {len(rows) - 1} not to be had: {'; '.join(missing)}")
     return 0
 
@@ -101,7 +105,7 @@ def _things(program: FusionProgram) -> Iterator[_Thing]:
         *(thing for pool in pools for thing in _heads(pool)),
         *(thing for pool in pools for thing in _datasets(pool)),
     ):
-        key = (thing.kind, thing.source)
+        key = (thing.kind, thing.key)
         if key not in seen:
             seen.add(key)
             yield thing
@@ -149,7 +153,7 @@ def _processor_files(pool: CLIPVisionModelTaskPool, processor: Reference) -> lis
 
 
 def _referred(kind: str, name: str, reference: Reference, bring: Callable[[], Sequence[Path]]) -> _Thing:
-    return _Thing(kind, name, str(reference), _is_here(reference.source), bring)
+    return _Thing(kind, name, str(reference), repr(reference), _is_here(reference.source), bring)
 
 
 def _made(kind: str, name: str, what: str, make: Callable[[], object]) -> _Thing:
@@ -159,7 +163,7 @@ def _made(kind: str, name: str, what: str, make: Callable[[], object]) -> _Thing
         make()
         return []
 
-    return _Thing(kind, name, what, False, bring)
+    return _Thing(kind, name, what, f"{name}: {what}", False, bring)
 
 
 def _is_here(source: str) -> bool:
@@ -171,11 +175,15 @@ def _is_here(source: str) -> bool:
 
 def _datasets(pool: CLIPVisionModelTaskPool) -> Iterator[_Thing]:
     for name in pool.task_names:
-        source, place = _data_source(pool.specs[name])
+        spec = pool.specs[name]
+        data = spec["data"] if isinstance(spec, Mapping) and "data" in spec else spec
+        source, place = _data_source(data)
+        key = json.dumps(data, sort_keys=True, default=repr)
         if place is not None:
-            yield _Thing("dataset", name, source, True, lambda place=place: _files_below(place))  # type: ignore[misc]
+            yield _Thing("dataset", name, source, key, True, lambda place=place: _files_below(place))  # type: ignore[misc]
         else:
-            yield _Thing("dataset", name, source, source.startswith(SCHEME), lambda name=name: _data_files(pool, name))  # type: ignore[misc]
+            bring = lambda name=name: _data_files(pool, name)  # noqa: E731 (one line a thing)
+            yield _Thing("dataset", name, source, key, source.startswith(SCHEME), bring)
 
 
 def _data_files(pool: CLIPVisionModelTaskPool, name: str) -> list[Path]:
@@ -187,12 +195,10 @@ def _data_files(pool: CLIPVisionModelTaskPool, name: str) -> list[Path]:
 def _data_source(spec: Any) -> tuple[str, Path | None]:
     """Return where data come from, in words, and as a path if it is one here."""
     if isinstance(spec, Mapping):
-        if "data" in spec:
-            return _data_source(spec["data"])
         place = spec.get("path", spec.get("dataset_path"))
         if place in _BUILDERS:
             place = next((spec[key] for key in ("data_dir", "data_files") if isinstance(spec.get(key), str)), None)
-        words = ", ".join(str(spec[key]) for key in ("path", "name") if spec.get(key))
+        words = ", ".join(str(spec[key]) for key in ("path", "name", "data_dir", "data_files") if spec.get(key))
         revision = f"@{spec['revision']}" if spec.get("revision") else ""
         local = Path(str(place)).expanduser()
         found = local if place is not None and local.exists() else None

@@ -59,6 +59,8 @@ class Method(ABC):
             FusionMergeError: if the pool does not fit.
         """
         modelpool.check(self.min_models)
+        if taskpool is not None:
+            modelpool.check_heads(taskpool)
 
     @abstractmethod
     def run(

@@ -41,7 +41,7 @@ from fusion_merge.options import option
 from fusion_merge.pools.adaptation_pools import TTA_SPLITS, adaptation_pools
 from fusion_merge.pools.loaders import Placement, evaluation_loader
 from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
-from fusion_merge.pools.revisions import data_origin
+from fusion_merge.pools.revisions import adapted_origins
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 from fusion_merge.processes import together
 from fusion_merge.task_vectors import StaticMerge, scaled
@@ -227,8 +227,8 @@ class MoEMethod(Method):
                 load_routers(str(self.checkpoint), model, self._belongs_to(modelpool))
         if not self.checkpoint and self.max_steps > 0:
             pools = self.adaptation_pools(modelpool, taskpool)
-            self.adapted_on = {name: data_origin(pool, name) for name, pool in pools.items()}
             self._adapt(model, modelpool, pools, fabric)
+            self.adapted_on = adapted_origins(pools)
         with together():
             keep = str(self.save_checkpoint) if self.save_checkpoint and fabric.is_global_zero else None
             if keep is not None:

@@ -15,6 +15,7 @@ from fusion_merge import zoo
 from fusion_merge.commits import pending
 from fusion_merge.errors import ModelError, reason
 from fusion_merge.files import misspelt
+from fusion_merge.models.offline import WAY_OUT, is_offline
 from fusion_merge.models.tensor_files import HeadedState as HeadedState
 from fusion_merge.models.tensor_files import LazyState as LazyState
 from fusion_merge.models.tensor_files import fingerprint as fingerprint
@@ -118,7 +119,7 @@ def find_files(source: str, *, subfolder: str = "", **hub_options: Any) -> Model
     if adapter is not None and _is_adapter(source, fetch):
         return ModelFiles(source, _adapter_config(source, fetch), _adapter_weights(source, fetch), is_adapter=True)
     if model is None and not is_folder:
-        raise ModelError(f"`{source}` is not a folder here and cannot be had from the hub (offline, or not there)")
+        raise _not_here(source, "it is not there, or cannot be reached")
     weights = _weight_files(source, fetch, "" if is_folder else " that can be had (offline, or not there)")
     return ModelFiles(source, _model_config(source, fetch), weights)
 
@@ -220,14 +221,18 @@ def _local_fetch(folder: Path) -> Fetch:
     return fetch
 
 
+def _not_here(source: str, why: str) -> ModelError:
+    if is_offline():
+        return ModelError(f"`{source}` is not a folder here and not in the cache; {WAY_OUT}")
+    return ModelError(f"`{source}` is not a folder here and cannot be had from the hub: {why}")
+
+
 def _hub_fetch(hub_id: str, options: Mapping[str, Any]) -> Fetch:
     def fetch(name: str) -> Path | None:
         try:
             found = cached_file(hub_id, name, _raise_exceptions_for_missing_entries=False, **options)
         except (OSError, ValueError) as error:
-            raise ModelError(
-                f"`{hub_id}` is not a folder here and cannot be had from the hub: {reason(error)}"
-            ) from error
+            raise _not_here(hub_id, reason(error)) from error
         return Path(found) if found else None
 
     return fetch

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_merge.methods.base import Method
 from fusion_merge.methods.clip_finetune import CLIPFinetuneAlgorithm
 from fusion_merge.methods.moe_base import MoEMethod
 from fusion_merge.planning.geometry import FLOAT
+from fusion_merge.planning.load import Parts
 from fusion_merge.planning.machine import disk_of, free_disk
 from fusion_merge.planning.memory import Load
 
@@ -37,22 +37,23 @@ class Writing:
     disk: int
 
 
-def writings(method: Method, load: Load, config: Mapping[str, Any], output_dir: Path, num_tasks: int) -> list[Writing]:
+def writings(parts: Parts, load: Load, config: Mapping[str, Any], output_dir: Path, num_tasks: int) -> list[Writing]:
     """Return what a run writes.
 
     Args:
-        method: the method.
+        parts: what the run is made of.
         load: what the run consists of.
         config: the resolved configuration.
         output_dir: where reports go.
         num_tasks: that are trained on.
     """
-    found = [_writing("reports and logs", output_dir, _REPORTS)]
+    method, runs = parts.method, parts.runs
+    found = [_writing("reports and logs", output_dir, runs * _REPORTS)]
     if folder := config.get("merged_model_save_path"):
-        found.append(_writing("merged model", folder, load.model.bytes + _HEADERS))
+        found.append(_writing("merged model", folder, runs * (load.model.bytes + _HEADERS)))
     if isinstance(method, MoEMethod):
         if method.save_checkpoint:
-            found.append(_writing("router checkpoint", method.save_checkpoint, router_checkpoint(load)))
+            found.append(_writing("router checkpoint", method.save_checkpoint, runs * router_checkpoint(load)))
         adapts = load.training is not None and method.max_steps > 0
         if adapts and method.cache_dir is not None and not method.fast_dev_run:
             kept = 4 if method.optimizer != "sgd" else 2

@@ -15,6 +15,9 @@ _PICTURED = 128
 _MEASURED = 64
 """Images of each task by which its mean coefficients are measured after adaptation."""
 
+REPEATED = ("adapting", "evaluating", "baselines", "pictures")
+"""The phases of each run, where a protocol has several."""
+
 START = 6.0
 """Libraries, datasets and processors."""
 
@@ -66,7 +69,9 @@ def times(load: Load, speed: Speed, *, steps: int, workers: int, processes: int 
         if load.model.kind is not None:
             found["adapting"] += _looked_at(load, load.adapted, _MEASURED, speed)
     if load.evaluation_batch:
-        found["evaluating"] = _evaluation(load, speed, workers, routed=load.model.kind is not None) / processes
+        found["evaluating"] = (
+            load.scorings * _evaluation(load, speed, workers, routed=load.model.kind is not None) / processes
+        )
         if load.baselines:
             cached = {name: Images(0, 0, 0) if i.cached else i for name, i in load.scored.items()}  # decoded by then
             plain = _scoring(load, speed) + _decoded(cached, speed) / max(1, workers)

@@ -34,6 +34,7 @@ class Parts:
         pools: for each task that is trained on, the pool of its images.
         device: where it will compute.
         processes: that compute together.
+        runs: how often it adapts and scores.
     """
 
     method: Method
@@ -42,6 +43,7 @@ class Parts:
     pools: Mapping[str, CLIPVisionModelTaskPool]
     device: torch.device
     processes: int = 1
+    runs: int = 1
 
 
 def make_load(parts: Parts, config: Mapping[str, Any], problems: Problems) -> Load:
@@ -70,6 +72,7 @@ def make_load(parts: Parts, config: Mapping[str, Any], problems: Problems) -> Lo
     counts, text = _prompts(pools), None
     with problems.noted():
         text = _text(pools, [*adapted, *scored])
+    routings = _routings(method, config)
     return Load(
         tower=tower,
         model=size,
@@ -82,7 +85,8 @@ def make_load(parts: Parts, config: Mapping[str, Any], problems: Problems) -> Lo
         scored=scored,
         training=_training(method, len(adapted)) if adapted else None,
         evaluation_batch=taskpool.batch_size if taskpool is not None and scored else 0,
-        batch_routing=bool(getattr(method, "inference_batch_reduce", False)),
+        scorings=len(routings),
+        batch_routing="batch" in routings,
         baselines=_baselines(method, modelpool, config) if scored else (),
         number=FLOAT if getattr(method, "expert_dtype", "float32") == "float32" else 2,
         saves=bool(config.get("merged_model_save_path")),
@@ -128,6 +132,12 @@ def _training(method: Method, tasks: int) -> Training | None:
     )
 
 
+def _routings(method: Method, config: Mapping[str, Any]) -> set[str]:
+    """Return the routings that the model is scored under, its own among them."""
+    own = "batch" if getattr(method, "inference_batch_reduce", False) else "sample"
+    return {own, *(config.get("evaluate_routings") or ())}
+
+
 def _baselines(method: Method, modelpool: CLIPVisionModelPool, config: Mapping[str, Any]) -> tuple[str, ...]:
     several = len(modelpool.model_names) > 1
     return tuple(b for b in config["baselines"] if b != method.method_name and (several or b == "zero_shot"))
@@ -158,6 +168,8 @@ def _text(pools: Sequence[CLIPVisionModelTaskPool], tasks: Sequence[str]) -> Geo
                 task = pool.task(name)
                 every = sorted(prompts_of(task.classnames, task.templates), key=len)
                 prompts += every[-_LONGEST:]
+    if not prompts:  # no task can be opened
+        return None
     tokens = pools[0].processor.tokenizer(text=prompts, padding=True, return_tensors="pt")["input_ids"].shape[1]
     return text_geometry(config, int(tokens))
 

@@ -92,6 +92,7 @@ class Load:
         scored: images that are scored on, by task.
         training: how something is trained, if it is.
         evaluation_batch: images a batch; 0 without evaluation.
+        scorings: how often the model is scored, under one routing after the other.
         batch_routing: whether a batch shares one merged weight in evaluation.
         baselines: what the model is shown beside.
         number: bytes of one number of the experts.
@@ -111,6 +112,7 @@ class Load:
     scored: dict[str, Images] = field(default_factory=dict)
     training: Training | None = None
     evaluation_batch: int = 0
+    scorings: int = 1
     batch_routing: bool = False
     baselines: tuple[str, ...] = ()
     number: int = FLOAT

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fusion_merge.planning.disk import Writing, writings
-from fusion_merge.planning.duration import times
+from fusion_merge.planning.duration import REPEATED, times
 from fusion_merge.planning.geometry import FLOAT, ModelSize
 from fusion_merge.planning.load import Parts, make_load, steps_of
 from fusion_merge.planning.machine import available_memory, measure_speed
@@ -32,6 +32,7 @@ class Plan:
         method: its name.
         device: where it computes.
         processes: that compute together.
+        runs: how often it adapts and scores: a protocol may do so more than once.
         tasks: for each task, `classes`, `scored`, `scored_on`, `adapted`, `adapted_on`, `model`; those that are known.
         model: the size of the finished model.
         phases: of memory.
@@ -46,6 +47,7 @@ class Plan:
     method: str
     device: str
     processes: int = 1
+    runs: int = 1
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     model: ModelSize | None = None
     phases: list[Phase] = field(default_factory=list)
@@ -76,13 +78,13 @@ def make_plan(parts: Parts, config: Mapping[str, Any], output_dir: Path, problem
         output_dir: where reports go.
         problems: what is wrong already; what is found here is added.
     """
-    plan = Plan(parts.method.method_name, str(parts.device), parts.processes)
+    plan = Plan(parts.method.method_name, str(parts.device), parts.processes, parts.runs)
     plan.tasks = _tasks(parts, problems)
     with problems.noted():
         load = make_load(parts, config, problems)
         plan.model = load.model
         plan.phases = memory_phases(load)
-        plan.writings = writings(parts.method, load, config, output_dir, len(plan.tasks))
+        plan.writings = writings(parts, load, config, output_dir, len(plan.tasks))
         plan.workers_bytes = _workers_bytes(parts, load)
         plan.seconds = _seconds(parts, load, problems)
     plan.available["host"] = available_memory(torch.device("cpu"))
@@ -144,7 +146,8 @@ def _seconds(parts: Parts, load: Load, problems: Problems) -> dict[str, float]:
     batch = load.training.batch_size if load.training is not None else max(1, load.evaluation_batch)
     speed = measure_speed(load.tower, parts.device, batch, preprocess)
     steps = steps_of(parts.method, len(load.adapted))
-    return times(load, speed, steps=steps, workers=_workers(parts, load), processes=parts.processes)
+    once = times(load, speed, steps=steps, workers=_workers(parts, load), processes=parts.processes)
+    return {phase: seconds * (parts.runs if phase in REPEATED else 1) for phase, seconds in once.items()}
 
 
 def _warnings(plan: Plan) -> list[str]:

@@ -19,7 +19,8 @@ def plan_text(plan: Plan) -> str:
         plan: the plan.
     """
     processes = f", {plan.processes} processes" if plan.processes > 1 else ""
-    blocks = [f"{plan.method} on {plan.device}{processes}", _tasks(plan)]
+    runs = f", adapted and scored {plan.runs} times" if plan.runs > 1 else ""
+    blocks = [f"{plan.method} on {plan.device}{processes}{runs}", _tasks(plan)]
     if plan.model is not None:
         blocks += [_model(plan), _memory(plan), _disk(plan), _time(plan)]
     blocks += [f"warning: {warning}" for warning in plan.warnings]

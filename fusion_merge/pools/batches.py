@@ -115,7 +115,8 @@ class LoadedBatches(Iterator[Any]):
                 return batch.images
 
     def _note(self, bad: dict[int, str]) -> None:
-        if bad and not self._loader.bad and self._loader.replaces:
+        if bad and self._loader.replaces and not self._loader.images.told:
+            self._loader.images.told = True
             first = next(iter(bad.values()))
             log.warning("%s; the next good image takes its place, and so on for others of this task", first)
         self._loader.bad |= bad

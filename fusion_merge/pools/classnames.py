@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fusion_merge.errors import DataError, nearest
@@ -32,6 +32,38 @@ def make_classnames(name: str, given: Any, own: Sequence[str] | None) -> tuple[s
             return texts
         raise DataError(f"the dataset of `{name}` does not name its classes; give them with `classnames`")
     return _by_place(name, texts, own) if texts else tuple(own)
+
+
+def published_classnames(name: str, published: Sequence[str], own: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the class names of a published prompt set for labels of one's own, in their order.
+
+    Labels that are all among the names are matched by name. Others take the names in order, if there are as many and
+    none of them contradicts.
+
+    Args:
+        name: what the task is called, for errors.
+        published: the class names of the prompt set.
+        own: the dataset's own label names in the order of its labels, if it has any.
+
+    Raises:
+        DataError: if it is not clear which label a name stands for.
+    """
+    if own is None:
+        return tuple(published)
+    by_name = {_plain(text): text for text in published}
+    if all(_plain(label) in by_name for label in own):
+        return tuple(by_name[_plain(label)] for label in own)
+    return _by_place(name, tuple(published), own)
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Return labels in words in the order of their classes: that of the alphabet, or of the numbers if all are some.
+
+    Args:
+        labels: the labels, each once.
+    """
+    words = sorted(labels)
+    return sorted(words, key=int) if all(word.isascii() and word.isdigit() for word in words) else words
 
 
 def _by_label_name(name: str, given: Mapping[Any, Any], own: Sequence[str] | None) -> tuple[str, ...]:
@@ -71,6 +103,11 @@ def _by_place(name: str, texts: tuple[str, ...], own: Sequence[str]) -> tuple[st
                 f"dataset has, but not at its place.{hint} Give all of {', '.join(own)} in any order, names of your "
                 f"own in that order, or a mapping {{{own[0]}: NAME, …}}"
             )
+    if len(texts) != len(own):
+        raise DataError(
+            f"there are {len(texts)} class names for `{name}`, but its dataset has {len(own)} classes "
+            f"({', '.join(own)}); give one for each in `classnames`, best as a mapping {{{own[0]}: NAME, …}}"
+        )
     return texts
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
 from fusion_merge.errors import ConfigError, DataError, nearest
-from fusion_merge.pools.classnames import make_classnames
+from fusion_merge.pools.classnames import make_classnames, published_classnames
 from fusion_merge.pools.corruptions import Corruption
 from fusion_merge.pools.decoding import decoded, file_name, holds_images, holds_texts, undecoded
 from fusion_merge.pools.labels import label_number, labels_are_missing, labels_in_order, own_labels
@@ -123,8 +123,9 @@ def make_task(name: str, spec: Any, *, split: str | None = None, purpose: Purpos
             matched by name; any other list is in the order of the dataset's labels. Labels in words are classes in
             alphabetical order, unless `classnames` has them all; integers without names may be keys of `classnames`.
             `prompts` names a published prompt set: its class names belong to the labels by position, whatever the
-            dataset calls them; `classnames` and `templates` beside it win, each for itself. An image is a picture, the
-            bytes of a file, or a path, relative to the folder of the table that it is in.
+            dataset calls them, but to words and local folders as `published_classnames` says; `classnames` and
+            `templates` beside it win, each for itself. An image is a picture, the bytes of a file, or a path, relative
+            to the folder of the table that it is in.
         split: the split to take where the spec names none; what is the default without is said at `pick_split`.
         purpose: what the images are for; labels may be missing for adaptation alone.
 
@@ -161,7 +162,8 @@ def make_task(name: str, spec: Any, *, split: str | None = None, purpose: Purpos
     own, numbered = own_labels(loaded, data, label, given)
     keys = labels_in_order(own, given) if own and not numbered else None
     if prompts is not None and not given:
-        classnames = prompts.classnames  # never matched by name: published datasets spell their labels otherwise
+        labels = list(map(str, keys)) if keys else own if _are_folders(data, options["data"]) else None
+        classnames = published_classnames(name, prompts.classnames, labels)
     else:
         classnames = make_classnames(name, given, own if keys is None else list(map(str, keys)))
     numbers = {key: number for number, key in enumerate(keys)} if keys is not None else None
@@ -282,6 +284,13 @@ def _check_images(name: str, data: Any, image: str | int, folder: Path | None) -
 
 def _no_column(name: str, kind: str, columns: Sequence[str | int], way_out: str) -> DataError:
     return DataError(f"the dataset of `{name}` has no {kind} column among {', '.join(map(str, columns))}; {way_out}")
+
+
+def _are_folders(data: Any, source: Any) -> bool:
+    """Tell whether classes are the user's own folders; those of hub datasets are in the published order."""
+    place = source.get("path") if isinstance(source, Mapping) else source
+    on_hub = isinstance(place, str) and "/" in place and not Path(place).expanduser().exists()
+    return isinstance(data, Dataset) and data.info.builder_name == "imagefolder" and not on_hub
 
 
 def _own_templates(source: Any) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dat
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from fusion_merge.errors import DataError
+from fusion_merge.pools.classnames import in_order
 from fusion_merge.pools.tables import DELIMITERS, read_tables
 
 _DISK_MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
@@ -22,6 +23,7 @@ _KINDS = {
     ".arrow": "arrow",
     **dict.fromkeys(DELIMITERS, "csv"),
 }
+_TABLES = (*DELIMITERS, ".json", ".jsonl")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _ENDINGS = frozenset(ImageFolder.EXTENSIONS)
 _SPLIT_NAMES = {
@@ -79,6 +81,12 @@ def read_folder(folder: Path) -> Dataset | DatasetDict:
     if not images:
         raise DataError(f"`{folder}` has no images and no parquet files in it")
     metadata = [f for f in files if f.name in _METADATA]
+    tables = [] if metadata else [f for f in files if len(f.parts) == 1 and f.suffix.lower() in _TABLES]
+    if tables:
+        raise DataError(
+            f"`{folder}` has images and a table, `{tables[0]}`; give `{folder / tables[0]}` if it has their labels, "
+            "or take it away if the folders are the classes"
+        )
     return _read_metadata(folder, images, metadata) if metadata else _read_images(folder, images)
 
 
@@ -167,7 +175,7 @@ def _split_folders(folder: Path, images: Sequence[PurePath]) -> dict[str, str] |
 def _label(splits: Mapping[str, tuple[Path, Sequence[PurePath]]]) -> DatasetDict:
     """Make datasets of images, labelled by the folder that they are in; the classes are those of all splits."""
     classes = {split: _classes(folder, images) for split, (folder, images) in splits.items()}
-    names = sorted({name for own in classes.values() for name in own or ()})
+    names = in_order({name for own in classes.values() for name in own or ()})
     number = {name: i for i, name in enumerate(names)}
     made = {}
     for split, (folder, images) in splits.items():
@@ -178,6 +186,7 @@ def _label(splits: Mapping[str, tuple[Path, Sequence[PurePath]]]) -> DatasetDict
             columns["label"] = [number[name] for name in own]
             features["label"] = ClassLabel(names=names)
         made[split] = Dataset.from_dict(columns, features=Features(features))
+        made[split].info.builder_name = "imagefolder"  # as `datasets` would call it
     return DatasetDict(made)
 
 

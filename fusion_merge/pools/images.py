@@ -52,6 +52,7 @@ class TaskImages(Dataset[tuple[Tensor, int]]):
         self.task = task
         self.on_bad_image = on_bad_image
         self.bad: dict[int, str] = {}
+        self.told = False  # whether it was said that bad ones are replaced
         self._preprocess = preprocess
         self._cache: dict[int, tuple[Tensor, int]] | None = None
         first = self.good(0)[0]

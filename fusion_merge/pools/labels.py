@@ -9,6 +9,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
 from fusion_merge.errors import DataError
+from fusion_merge.pools.classnames import in_order
 from fusion_merge.pools.decoding import holds_texts
 from fusion_merge.pools.reading import Purpose
 
@@ -28,7 +29,7 @@ def own_labels(loaded: Any, data: Any, column: str | int | None, given: Any) -> 
     if column is not None and holds_texts(data, column):
         splits = [data, *(loaded.values() if isinstance(loaded, DatasetDict) else ())]
         texts = {v for split in splits if holds_texts(split, str(column)) for v in _values(split, column) if v}
-        return sorted(texts) or None, False
+        return in_order(texts) or None, False
     integers = isinstance(feature, Value) and feature.dtype.startswith(("int", "uint"))
     if integers and isinstance(given, Mapping) and given and all(_is_integer(key) for key in given):
         return sorted(map(int, given)), False
@@ -44,7 +45,7 @@ def labels_in_order(own: Sequence[Any], given: Any) -> list[Any]:
             classes without an image.
     """
     if isinstance(given, Mapping) and all(isinstance(label, str) for label in own):
-        return sorted({*own, *map(str, given)})
+        return in_order({*own, *map(str, given)})
     if isinstance(given, Sequence) and not isinstance(given, str):
         names = list(map(str, given))
         if set(own) <= set(names) and len(set(names)) == len(names):

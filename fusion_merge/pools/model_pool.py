@@ -43,6 +43,10 @@ Files may be those of a model or of a PEFT LoRA adapter, which is added to `_pre
 """
 
 
+_GEOMETRY = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("image_size", "patch_size", "num_channels"),
+)
 _EXAMPLE = f"{{{PRETRAINED}: PATH_OR_HUB_ID, TASK: PATH_OR_HUB_ID, …}}"
 
 
@@ -287,6 +291,28 @@ class CLIPVisionModelPool:
         task_pool.use_pretrained(
             source if isinstance(source, CLIPModel) else self.reference(PRETRAINED), self.processor
         )
+
+    def check_heads(self, task_pool: CLIPVisionModelTaskPool) -> None:
+        """Refuse a task pool whose heads are made by another kind of CLIP than the pool's models, from configurations.
+
+        Args:
+            task_pool: the task pool.
+
+        Raises:
+            ModelError: if the vision tower of that CLIP model is of another shape.
+        """
+        task_pool.check_clip()
+        clip = task_pool.clip_config()
+        if clip is None:
+            return
+        for key in _GEOMETRY:
+            theirs, ours = getattr(clip.vision_config, key), getattr(self.config(), key)
+            if theirs != ours:
+                raise ModelError(
+                    f"the heads of the tasks come from a CLIP model with `{key}`={theirs} ({task_pool.clip_source}), "
+                    f"but the models have {ours}; give the one that they were fine-tuned from as the task pool's "
+                    "`clip_model`, or choose the task pool of that architecture"
+                )
 
     def _source(self, name: str) -> ModelSource:
         if name not in self._sources:

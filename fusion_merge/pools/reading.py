@@ -23,6 +23,7 @@ from hydra.utils import instantiate
 
 from fusion_merge.errors import DataError
 from fusion_merge.files import misspelt
+from fusion_merge.models.offline import WAY_OUT, is_offline
 from fusion_merge.pools.cached_data import check_revision
 from fusion_merge.pools.folders import read_file, read_folder, split_called
 from fusion_merge.zoo import SCHEME
@@ -63,6 +64,10 @@ def open_data(name: str, data: Any, split: str | None, purpose: Purpose) -> Any:
     except Exception as error:  # dataset builders raise errors of every kind
         if "corresponds to no data" in str(error):
             raise DataError(f"the dataset of `{name}` is empty; give one with at least one image") from error
+        if is_offline() and isinstance(error, ConnectionError):
+            raise DataError(
+                f"cannot read the dataset of `{name}` from `{data}`: it is not here and not in the cache; {WAY_OUT}"
+            ) from error
         raise DataError(f"cannot read the dataset of `{name}` from `{data}`: {error}") from error
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fusion_merge.pools.images import OnBadImage
 from fusion_merge.pools.model_pool import CLIPVisionModelPool
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
+
+log = logging.getLogger(__name__)
+
+_NAMED = 10
+"""The most bad images of a task that are named."""
 
 _DOWNLOADED = re.compile(r"^hf://datasets/[^@]+@([0-9a-f]{40})/")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -41,6 +48,27 @@ def data_origin(taskpool: CLIPVisionModelTaskPool, name: str) -> dict[str, Any]:
         "split": _split(task, spec, taskpool.split),
         "images": len(task),
     }
+
+
+def adapted_origins(pools: Mapping[str, CLIPVisionModelTaskPool]) -> dict[str, dict[str, Any]]:
+    """Return where the images that were adapted on come from, as `data_origin` says.
+
+    Where bad images are left out, also how many were met with and `replaced`; the log names them.
+
+    Args:
+        pools: for each task, the pool of its images.
+    """
+    found = {name: data_origin(pool, name) for name, pool in pools.items()}
+    for name, pool in pools.items():
+        if pool.on_bad_image is not OnBadImage.SKIP:
+            continue
+        bad = pool.images(name).bad
+        found[name]["replaced"] = len(bad)
+        if bad:
+            named = "; ".join(list(bad.values())[:_NAMED])
+            more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+            log.warning("`%s`: %d bad images were replaced while adapting: %s%s", name, len(bad), named, more)
+    return found
 
 
 def data_revision(data: Any) -> str | None:

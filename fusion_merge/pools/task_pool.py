@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel
 
-from fusion_merge.errors import ConfigError, DataError, ModelError, nearest
+from fusion_merge.errors import ConfigError, DataError, ModelError, nearest, reason
 from fusion_merge.models.clip import (
     Processor,
     check_whole_clip,
@@ -201,12 +202,24 @@ class CLIPVisionModelTaskPool(TaskPool):
         """
         if name not in self._images:
             images = TaskImages(self.task(name), self.processor.preprocess, on_bad_image=self.on_bad_image)
-            self._check_size(images)
+            self._check_size(images.shape, f"for task `{name}`")
             self._images[name] = images
         return self._images[name]
 
-    def _check_size(self, images: TaskImages) -> None:
-        """Refuse a processor that makes images of another size than the CLIP model takes."""
+    def check_processor(self) -> None:
+        """Refuse a processor that makes images of another size than the CLIP model takes.
+
+        Raises:
+            FusionMergeError: if it does, or cannot be read.
+        """
+        processor = self.processor
+        try:
+            black = processor.preprocess(Image.new("RGB", (4, 4)))
+        except Exception as error:  # processors raise errors of every kind
+            raise DataError(f"the processor cannot preprocess a picture: {reason(error)}; give another") from error
+        self._check_size(tuple(black.shape), "of any picture")
+
+    def _check_size(self, found: tuple[int, ...], what: str) -> None:
         source = self._clip_source
         if isinstance(source, Reference):
             config = vision_config(source.config(), where=f"`{source}`")
@@ -214,11 +227,11 @@ class CLIPVisionModelTaskPool(TaskPool):
             config = module_config(source)
         else:
             return
-        found, expected = images.shape, (config.num_channels, config.image_size, config.image_size)
+        expected = (config.num_channels, config.image_size, config.image_size)
         if found != expected:
             raise DataError(
-                f"the processor makes images of shape {found} for task `{images.task.name}`, but the CLIP model takes "
-                f"{expected}; give the `processor` that belongs to it, and images in three channels"
+                f"the processor makes images of shape {found} {what}, but the CLIP model takes {expected}; "
+                "give the `processor` that belongs to it, and images in three channels"
             )
 
     def head(self, name: str) -> ZeroShotHead:
@@ -284,7 +297,7 @@ class CLIPVisionModelTaskPool(TaskPool):
         self.check_clip()
         for name in tqdm(self.task_names, desc="opening datasets", leave=False, disable=None):
             self.task(name)
-        self.processor  # noqa: B018 (read once, and kept)
+        self.check_processor()
 
     def check_clip(self) -> None:
         """Refuse a pool that cannot make heads, as far as it can be told from headers.

@@ -17,6 +17,14 @@ from fusion_merge.registry import object_from_config
 class Program(Interface):
     """What a command runs; see `FusionProgram`."""
 
+    @property
+    def usual(self) -> FusionProgram:
+        """The run that it consists of, or that its runs are made of."""
+
+    @property
+    def runs(self) -> int:
+        """How often it adapts and scores."""
+
     def check(self) -> None:
         """Check what can be checked before any weight is read."""
 

@@ -104,6 +104,11 @@ class RobustnessProgram:
                 "splits of their own; leave one of them out"
             )
 
+    @property
+    def runs(self) -> int:
+        """How often it adapts and scores: once a condition."""
+        return len(self.protocol.conditions)
+
     @cached_property
     def conditions(self) -> dict[str, FusionProgram]:
         """The run of each condition; models, heads and the processor are shared."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from documents import blocks, commands
 from hydra import compose, initialize_config_module
-from runs import run_cli
+from runs import Finished, run_cli
 
 from fusion_merge import registry
 from fusion_merge.report.options import options_table
@@ -34,10 +36,9 @@ def shown(program: str) -> list[tuple[str, str]]:
 
 def on_local_copies(arguments: list[str], home: Path) -> list[str]:
     """What a user adds who has copies of published models and images in folders: here the same small ones for all."""
-    rows = {"reproduce": lambda name: f"reproduction={name}"}
     chosen = [a for a in arguments if a.startswith(("modelpool=", "taskpool=")) and "{" not in a]
-    if arguments[0] in rows and len(arguments) > 1:
-        chosen += [rows[arguments[0]](arguments[1])]
+    if arguments[:1] == ["reproduce"] and len(arguments) > 1:
+        chosen += [f"reproduction={arguments[1]}"]
     if not any("clip-vit" in a or a.startswith("reproduction=") for a in chosen):
         return []
     register_schema()
@@ -48,8 +49,11 @@ def on_local_copies(arguments: list[str], home: Path) -> list[str]:
         added.append(
             f"modelpool.models.{name}={home / 'models' / ('pretrained' if name == '_pretrained_' else 'cats')}"
         )
-    for pool, table in (("modelpool", "test_datasets"), ("taskpool", "test_datasets"), ("taskpool", "tasks")):
+    tables = [("modelpool", f"{split}_datasets") for split in ("test", "train")]
+    for pool, table in (*tables, ("taskpool", "test_datasets"), ("taskpool", "tasks")):
         added += [f"{pool}.{table}.{task}.data={home / 'images.csv'}" for task in config[pool].get(table) or {}]
+    if "method=rankone_moe" in arguments:
+        added.append("method.rank_k=4")  # the copies are narrower than the default rank
     return added
 
 
@@ -62,9 +66,18 @@ def test_command_of_the_documentation_runs(page, command, home):
     copies = [] if "--cfg" in arguments else on_local_copies(arguments, home)
     if "protocol=robustness" in arguments:
         copies += ONE_CONDITION  # all of them are run by test_protocols.py
-    result = run_cli(*arguments, *copies, *([] if only_says else QUICK), cwd=home)
-    assert result.code in ((0, 2) if arguments[0] == "reproduce" else (0,)), result.err
+    more = [*copies, *([] if only_says else QUICK)]
+    run = run_process if "fabric.devices=2" in arguments else run_cli
+    result = run(*arguments, *more, cwd=home)
+    assert result.code in ((0, 2) if "reproduce" in arguments else (0,)), result.out + result.err
     assert result.out.strip()
+
+
+def run_process(*arguments: str, cwd: Path) -> Finished:
+    """Run the command line in a process of its own: it starts others, and ends with them."""
+    command = [sys.executable, "-m", "fusion_merge", *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.mark.parametrize("page", [page for page, file in PAGES.items() if "```python" in file.read_text("utf-8")])

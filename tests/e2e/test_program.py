@@ -501,7 +501,7 @@ def test_images_without_labels_are_refused(pool_dir, cwd):
 
 def test_more_labels_than_class_names_are_refused(pool_dir, cwd):
     done = run(pool_dir, cwd, "method=wemoe", "taskpool.tasks.dogs.classnames=[hound,curly]")
-    assert_refused(done, cwd, "`dogs` has labels up to 2, but there are 2 class names")
+    assert_refused(done, cwd, "there are 2 class names for `dogs`, but its dataset has 3 classes")
 
 
 def test_empty_dataset_is_refused(pool_dir, cwd, tmp_path):

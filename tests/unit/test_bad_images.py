@@ -203,6 +203,9 @@ def test_adaptation_names_the_first_bad_image_and_no_other(tmp_path, caplog):
     (record,) = caplog.records
     assert "cannot read image" in record.getMessage()
     assert "the next good image takes its place" in record.getMessage()
+    with caplog.at_level(logging.WARNING):
+        list(islice(adaptation_loader(images, 4, 1, workers=0, placement=Placement()), 9))
+    assert caplog.records == [record]  # once is enough
 
 
 # All
@@ -290,6 +293,9 @@ def test_run_with_bad_images_says_how_many_in_its_report(pool_dir, spoilt, tmp_p
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "run" / "out" / "report.json").read_text())
     assert (report["cats"]["skipped"], report["dogs"]["skipped"]) == (3, 0)
+    adapted_on = report["run"]["provenance"]["adapted_on"]
+    assert (adapted_on["cats"]["replaced"], adapted_on["dogs"]["replaced"]) == (3, 0)
+    assert "`cats`: 3 bad images were replaced while adapting: cannot read image" in done.out + done.err
     written = (tmp_path / "run" / "out" / "report.md").read_text()
     assert "`cats`: 3 bad images are left out of the scores." in written
     assert "dogs`: " not in written

@@ -410,7 +410,8 @@ def test_plan_names_method_models_and_tasks(pool_dir, tmp_path):
     ("argument", "text"),
     [
         ("rum", "`rum` is neither KEY=VALUE nor a command; did you mean `run`?"),
-        ("method", "`method` is neither KEY=VALUE nor a command; known are: run"),
+        ("unknown", "`unknown` is neither KEY=VALUE nor a command; known are: describe, fetch, plan"),
+        ("method", "`method` has no value; write `method=NAME`"),
         ("command=rum", "`rum` is not a command; did you mean `run`?"),
     ],
 )

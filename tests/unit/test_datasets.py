@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -471,8 +472,39 @@ def test_missing_labels_are_refused():
 
 
 def test_more_labels_than_class_names_are_refused():
+    data = dataset(feature=Value("int64"))
     with pytest.raises(DataError, match=r"`cats` has labels up to 1, but there are 1 class names.*`classnames`"):
-        make_task("cats", {"data": dataset(), "classnames": ["cat"]})
+        make_task("cats", {"data": data, "classnames": ["cat"]})
+
+
+@pytest.mark.parametrize("names", [["cat"], ["alpha", "beta", "gamma"]])
+def test_another_number_of_class_names_than_classes_is_refused(names):
+    message = rf"there are {len(names)} class names for `cats`, but its dataset has 2 classes \(siamese, tabby\)"
+    with pytest.raises(DataError, match=message):
+        make_task("cats", {"data": dataset(), "classnames": names})
+
+
+def test_class_folders_and_labels_that_are_numbers_are_in_their_order(tmp_path):
+    numbers = [str(n) for n in range(12)]
+    for number in numbers:
+        (tmp_path / "images" / number).mkdir(parents=True)
+        picture(0).save(tmp_path / "images" / number / "0.png")
+    rows = [{"file": f"images/{n}/0.png", "label": n} for n in numbers]
+    (tmp_path / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    names = [f"class {n}" for n in numbers]
+    for data in (tmp_path / "images", tmp_path / "table.jsonl"):
+        task = make_task("x", {"data": str(data), "classnames": names})
+        at = {task.file_name(i).split("/")[-2]: task.classnames[task.item(i)[1]] for i in range(12)}
+        assert at == dict(zip(numbers, names, strict=True))
+
+
+def test_a_table_beside_class_folders_is_not_passed_over(tmp_path):
+    (tmp_path / "images").mkdir()
+    picture(0).save(tmp_path / "images" / "0.png")
+    (tmp_path / "labels.csv").write_text("path,label\nimages/0.png,1\n")
+    with pytest.raises(DataError, match=r"has images and a table, `labels.csv`; give `.*labels.csv` if it has their"):
+        make_task("x", str(tmp_path))
+    assert make_task("x", {"data": str(tmp_path / "labels.csv"), "classnames": ["a", "b"]}).item(0)[1] == 1
 
 
 def test_labels_that_are_not_whole_numbers_are_refused():

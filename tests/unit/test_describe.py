@@ -127,6 +127,11 @@ def test_without_more_everything_is_listed(tmp_path):
     assert chosen_presets()["modelpool"] == sorted(chosen_presets()["modelpool"])
 
 
+def test_a_method_may_be_named_alone(tmp_path):
+    assert described("wemoe", cwd=tmp_path) == described("method=wemoe", cwd=tmp_path)
+    assert "`method=wemo` is not a preset; did you mean `wemoe`?" in run_cli("describe", "wemo", cwd=tmp_path).err
+
+
 @pytest.mark.parametrize("group", ["method", "modelpool", "taskpool"])
 def test_an_unknown_name_is_refused_with_the_nearest(tmp_path, group):
     wrong, right = {"method": ("wemo", "wemoe"), "modelpool": ("tiny9", "tiny8")}.get(

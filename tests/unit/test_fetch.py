@@ -23,6 +23,7 @@ from transformers.utils import hub as transformers_hub
 
 from fusion_merge import CLIPVisionModelPool, MergedCLIPVisionModel, WEMoEAlgorithm
 from fusion_merge.errors import DataError, ModelError
+from fusion_merge.models import offline
 from fusion_merge.models.sources import LazyState
 from fusion_merge.pools import reading
 from fusion_merge.pools.datasets import make_task
@@ -105,6 +106,38 @@ def test_everything_that_is_missing_is_named_in_one_error(root, tmp_path):
     for part in ("; model `dogs` (some/dogs): ", "; processor `processor` (some/clip): ", "; dataset `cats` (some/cat"):
         assert part in line
     assert [row[1] for row in table(done) if "missing" in row] == ["cats", "dogs", "processor", "cats"]
+
+
+@pytest.mark.usefixtures("root")
+def test_what_differs_in_its_options_alone_is_fetched_each(pool_dir, tmp_path, monkeypatch):
+    (tmp_path / "own_code.py").write_text(
+        "from datasets import load_dataset\n"
+        f"def pictures(which): return load_dataset('imagefolder', data_dir=f'{pool_dir}/images/{{which}}')['train']\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    data = {task: f"{{data: {{_target_: own_code.pictures, which: {which}}}}}" for task, which in OWN.items()}
+    done = run_cli("fetch", *HUB[:2], *(f"taskpool.tasks.{t}={d}" for t, d in data.items()), cwd=tmp_path / "run")
+    assert [row[1] for row in table(done) if row[0] == "dataset"] == ["cats", "dogs"]
+    assert done.code == 1
+    assert "1 of 6 not to be had: dataset `dogs`" in done.err
+
+
+OWN = {"cats": "cats", "dogs": "nowhere"}
+
+
+@pytest.mark.parametrize("gone", ["models--some--dogs", "models--some--clip"])
+def test_a_plan_asks_no_hub(root, tmp_path, monkeypatch, gone):
+    for module, name in offline._SWITCHES:
+        monkeypatch.setattr(module, name, False, raising=False)
+    assert run_cli("plan", *QUICK, *HUB, cwd=tmp_path / "run").code == 0
+    shutil.rmtree(root / "hub" / gone)
+    shutil.rmtree(root / "datasets" / "some___cat_pictures")
+    done = run_cli("plan", *QUICK, *HUB, cwd=tmp_path / "run")  # where a network would be an error
+    assert done.code == 1
+    hub_id = "some/" + gone.rpartition("--")[2]
+    assert f"`{hub_id}` is not a folder here and not in the cache; bring it there with `fusion_merge fetch`" in done.out
+    assert "the dataset of `cats` from `some/cat_pictures`: it is not here and not in the cache; bring it" in done.out
+    assert not offline.is_offline()
 
 
 @pytest.fixture

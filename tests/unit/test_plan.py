@@ -164,7 +164,7 @@ def test_all_problems_are_listed_at_once(pool_dir, tmp_path):
         "model `birds`: `x/y/z` does not exist",
         "`rank_k`=64",
         f"`{nowhere}` does not exist",
-        "the dataset of `cats` has labels up to 1",
+        "its dataset has 2 classes",
         "adaptation needs images of `birds`",
     )
     for text in expected:
@@ -174,10 +174,54 @@ def test_all_problems_are_listed_at_once(pool_dir, tmp_path):
     assert all("\n" not in problem for problem in values["problems"])
 
 
+def test_with_no_data_at_all_all_problems_are_listed(pool_dir, tmp_path):
+    more = [f"taskpool.tasks.{task}={{data: /nowhere/{task}}}" for task in TASKS]
+    _, values = planned(pool_dir, tmp_path, *RANK, *SMALL, *more)
+    for task in TASKS:
+        assert any(f"`/nowhere/{task}` does not exist" in problem for problem in values["problems"])
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+def test_what_has_only_images_to_adapt_on_is_scored_on_them_too(pool_dir, tmp_path):
+    arguments = [a for a in own_pool(pool_dir) if not a.startswith("taskpool")]
+    data = [f"modelpool.test_datasets.{t}={pool_dir / 'images' / t}" for t in TASKS]
+    done = run_cli("plan", *arguments, *data, "report_save_path=plan.json", *RANK, *SMALL, cwd=tmp_path)
+    values = json.loads((tmp_path / "plan.json").read_text())
+    assert (done.code, values["problems"]) == (0, [])
+    assert values["tasks"]["cats"]["scored"] == 12
+    assert {"evaluating", "baselines"} <= set(values["phases"])
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+def test_a_protocol_is_planned(pool_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "measure_speed", lambda *_: Speed(1e9, 1e9, 1e-3))
+    _, once = planned(pool_dir, tmp_path / "once", *RANK, *SMALL, "method.save_checkpoint=r.ckpt")
+    more = ["protocol=robustness", "protocol.corruptions=[contrast,spatter]"]
+    done, values = planned(pool_dir, tmp_path / "many", *RANK, *SMALL, "method.save_checkpoint=r.ckpt", *more)
+    assert "adapted and scored 3 times" in done.out
+    for phase, times_more in {"building": 1, "adapting": 3, "evaluating": 3, "baselines": 3}.items():
+        assert values["seconds"][phase] == pytest.approx(times_more * once["seconds"][phase])
+    routers = [
+        next(w["bytes"] for w in found["writings"] if w["what"] == "router checkpoint") for found in (once, values)
+    ]
+    assert routers[1] == 3 * routers[0]
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+def test_each_further_routing_is_scored_too(pool_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "measure_speed", lambda *_: Speed(1e9, 1e9, 1e-3))
+    _, once = planned(pool_dir, tmp_path / "once", *RANK, *SMALL)
+    _, both = planned(pool_dir, tmp_path / "both", *RANK, *SMALL, "evaluate_routings=[sample,batch]")
+    assert both["seconds"]["evaluating"] > 1.8 * once["seconds"]["evaluating"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (["method.lr=-1"], "`lr`=-1"),
+        (["evaluate_routings=[sampel]"], "`evaluate_routings` has 'sampel'"),
+        (["protocol=generalization"], "none is unseen"),
+        (["protocol=robustness", "protocol.corruptions=[fog]"], "`protocol.corruptions` has 'fog'"),
         (["taskpool.batch_size=0"], "`batch_size`=0"),
         (["modelpool.platform=floppy"], "`platform`='floppy'"),
         (["output_dir=/dev/null/x"], "`output_dir`"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,46 @@ def test_class_names_and_templates_beside_prompts_win_each_for_itself():
     assert (worded.classnames, worded.templates) == (CIFAR10.classnames, ("my {}",))
     nothing = make_task("x", {"data": data, "prompts": None, "classnames": None, "templates": []})
     assert (nothing.classnames, nothing.templates) == (("b", "a"), ("a photo of a {}.",))
+
+
+@pytest.mark.parametrize("kind", ["folders", "words"])
+def test_own_labels_are_matched_by_name(tmp_path, kind):
+    spec = {"data": written(tmp_path, kind, ["ship", "cat", "dog"]), "prompts": "cifar10"}
+    task = make_task("x", spec)
+    assert task.classnames == ("cat", "dog", "ship")
+    assert [task.classnames[task.item(i)[1]] for i in range(3)] == [Path(task.file_name(i)).stem for i in range(3)]
+
+
+@pytest.mark.parametrize("kind", ["folders", "words"])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "boat", "truck"], "but not at its place"),
+        (["fish", "mouse"], "10 class names for `x`, but its dataset has 2 classes"),
+    ],
+)
+def test_own_labels_that_contradict_are_refused(tmp_path, kind, labels, message):
+    with pytest.raises(DataError, match=message):
+        make_task("x", {"data": written(tmp_path, kind, labels), "prompts": "cifar10"})
+
+
+@pytest.mark.parametrize("kind", ["folders", "words"])
+def test_own_labels_of_other_words_are_taken_in_order(tmp_path, kind):
+    labels = ["AnnualCrop", "Forest", "HerbVegetation", "HighWay", "Industrial"]
+    labels += ["Pasture", "PermanentCrop", "Residential", "River", "SeaLake"]
+    task = make_task("x", {"data": written(tmp_path, kind, labels), "prompts": "eurosat"})
+    assert task.classnames == prompt_set("eurosat").classnames
+
+
+def written(root: Path, kind: str, labels: list[str]) -> str:
+    """One image a label: in class folders, or in a table with a column of words."""
+    for label in labels:
+        folder = root / "images" / label
+        folder.mkdir(parents=True)
+        PILImage.new("RGB", (4, 4)).save(folder / f"{label}.png")
+    rows = [f"images/{label}/{label}.png,{label}" for label in labels]
+    (root / "table.csv").write_text("\n".join(["path,label", *rows]))
+    return str(root / "images" if kind == "folders" else root / "table.csv")
 
 
 def test_unlabelled_images_can_be_adapted_on_with_prompts_and_are_not_scored():

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TASKS
+from helpers import TASKS, write_processor
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from PIL import Image
@@ -405,6 +405,24 @@ def test_weight_file_of_another_name_is_refused(pool_dir, tmp_path):
     pool = CLIPVisionModelTaskPool({"dogs": "images"}, clip_model=str(tmp_path / "other.safetensors"))
     with pytest.raises(ModelError, match="is one file; give the folder"):
         pool.check()
+
+
+@pytest.mark.parametrize(("key", "value"), [("patch_size", 4), ("hidden_size", 8), ("num_hidden_layers", 1)])
+def test_heads_of_another_architecture_are_refused_before_anything_is_built(pool_dir, modelpool, tmp_path, key, value):
+    config = CLIPModel.from_pretrained(pool_dir / "pretrained").config
+    setattr(config.vision_config, key, value)
+    CLIPModel(config).save_pretrained(tmp_path)
+    write_processor(tmp_path, size=16)
+    taskpool = CLIPVisionModelTaskPool({"cats": str(pool_dir / "images" / "cats")}, clip_model=str(tmp_path))
+    with pytest.raises(ModelError, match=rf"heads .* CLIP model with `{key}`={value} \(.*\), but the models have"):
+        WEMoEAlgorithm(max_steps=0).check(modelpool, taskpool)
+
+
+def test_processor_of_another_size_is_refused_when_it_is_checked(pool_dir, tmp_path):
+    write_processor(tmp_path, size=32)
+    taskpool = one_task(pool_dir, processor=str(tmp_path))
+    with pytest.raises(DataError, match=r"images of shape \(3, 32, 32\) of any picture, but the CLIP .*\(3, 16, 16\)"):
+        taskpool.check()
 
 
 def test_clip_model_without_a_text_tower_is_refused(pool_dir):
