@@ -301,6 +301,8 @@ class CLIPVisionModelPool:
         Raises:
             ModelError: if the vision tower of that CLIP model is of another shape.
         """
+        if task_pool.clip_source is None:  # those of `_pretrained_` are lent to it
+            return
         task_pool.check_clip()
         clip = task_pool.clip_config()
         if clip is None:
