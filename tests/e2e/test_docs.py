@@ -82,11 +82,12 @@ def run_process(*arguments: str, cwd: Path) -> Finished:
 
 @pytest.mark.parametrize("page", [page for page, file in PAGES.items() if "```python" in file.read_text("utf-8")])
 def test_python_of_a_page_runs_from_the_first_line_to_the_last(page, home, monkeypatch):
+    registry.list_methods()  # which imports them
     monkeypatch.setattr(registry, "_methods", dict(registry._methods))  # what a page registers stays there
     code = "\n".join(blocks(PAGES[page].read_text("utf-8"), "python")).replace("max_steps=200", "max_steps=2")
     with contextlib.chdir(home):
         names: dict[str, object] = {"__name__": "page"}
-        exec(compile(code, page, "exec"), names)
+        exec(compile(code, page, "exec", dont_inherit=True), names)
     assert "model" in names
 
 

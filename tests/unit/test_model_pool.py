@@ -367,7 +367,9 @@ def test_missing_model_is_refused_by_name_and_path(pool_dir, path):
 
 def test_model_that_is_not_on_the_hub_is_refused_by_name(pool_dir):
     pool = CLIPVisionModelPool({"_pretrained_": str(pool_dir / "pretrained"), "cats": "no_such/model"})
-    with pytest.raises(ModelError, match=r"model `cats`: `no_such/model` is not a folder here and not in the cache; bring it"):
+    with pytest.raises(
+        ModelError, match=r"model `cats`: `no_such/model` is not a folder here and not in the cache; bring it"
+    ):
         pool.check()
 
 
