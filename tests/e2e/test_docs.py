@@ -27,11 +27,12 @@ ONLY_SAYS = ("plan", "describe", "fetch", "--help", "--cfg")
 
 
 def shown(program: str) -> list[tuple[str, str]]:
-    return [
-        (page, command)
-        for page, file in PAGES.items()
-        for command in commands(file.read_text(encoding="utf-8"), program)
-    ]
+    """Every command, with the first page that shows it."""
+    found: dict[str, str] = {}
+    for page, file in PAGES.items():
+        for command in commands(file.read_text(encoding="utf-8"), program):
+            found.setdefault(command, page)
+    return [(page, command) for command, page in found.items()]
 
 
 def on_local_copies(arguments: list[str], home: Path) -> list[str]:
