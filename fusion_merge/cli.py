@@ -7,11 +7,12 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import datetime
 from functools import partial, reduce
+from itertools import pairwise
 from operator import getitem
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fusion_merge.commands import find_command, spell_out
+from fusion_merge.commands import find_command, overrides_first, spell_out
 from fusion_merge.errors import ConfigError, FusionMergeError, nearest, reason
 from fusion_merge.explanations import GROUPS, choices, explain, first_choice
 from fusion_merge.help import help_text
@@ -57,14 +58,16 @@ _WRITTEN: dict[str, Literal["file", "folder"]] = {
 """What a run writes: in a sweep each job has its own, such as `merged/0` and `report-0.json` of the first."""
 
 
+_TICK = 0.05  # seconds by which the clock of a file system may be behind
+
 _OURS = "FUSION_MERGE_MESSAGES"
 """Set where `HYDRA_FULL_ERROR` is ours and not the user's, so that the processes that a run starts know it too."""
 
 _given: list[str] = []
 """The arguments as the user gave them."""
 
-_failed: list[int] = []
-"""The jobs of a sweep with a table that failed: the others went on."""
+_codes: list[int] = []
+"""The exit codes of the jobs that ended; where one job of a sweep with a table fails, the others go on."""
 
 
 def main() -> None:
@@ -74,17 +77,19 @@ def main() -> None:
     if not tracebacks:
         os.environ["HYDRA_FULL_ERROR"] = os.environ[_OURS] = "1"  # Hydra then raises, and the messages are ours
     with _messages(tracebacks):
-        _given[:], _failed[:] = sys.argv[1:], []
-        sys.argv[1:] = [_open(argument) for argument in _presets_alone(spell_out(sys.argv[1:]))]
-        register_presets([n for a in sys.argv[1:] if a.startswith("modelpool=") for n in choices(a)])
+        _given[:], _codes[:] = sys.argv[1:], []
+        arguments = overrides_first(_presets_alone(spell_out(sys.argv[1:])))
+        sys.argv[1:] = [_open(argument) for argument in arguments]
+        pools = [n for a in sys.argv[1:] if a.startswith("modelpool=") for n in choices(a)]
+        register_presets(pool for pool in pools if not _has_own_taskpool(pool, arguments))
         if (overrides := _help_on(sys.argv[1:])) is not None:
             sys.stdout.write(help_text(overrides))
             return
         hydra.main(config_path="pkg://fusion_merge.config", config_name="config", version_base="1.3")(
             partial(_job, tracebacks)
         )()
-        if _failed:
-            sys.exit(1)
+        if any(_codes):
+            sys.exit(1 if 1 in _codes else max(_codes))
 
 
 def _presets_alone(arguments: list[str]) -> list[str]:
@@ -96,6 +101,13 @@ def _presets_alone(arguments: list[str]) -> list[str]:
     presets = method_presets()
     names = {a: a.partition("=")[2] for a in arguments if a.startswith("method=")}
     return [a for a in arguments if a not in names or names[a] in presets or not is_registered(names[a])]
+
+
+def _has_own_taskpool(name: str, arguments: Sequence[str]) -> bool:
+    """Tell whether the user's own folder of presets has a task pool of that name."""
+    folders = [a.partition("=")[2] for a in arguments if a.startswith(("--config-dir=", "-cd="))]
+    folders += [folder for flag, folder in pairwise(arguments) if flag in ("--config-dir", "-cd")]
+    return any((Path(folder).expanduser() / "taskpool" / f"{name}.yaml").is_file() for folder in folders)
 
 
 def _help_on(arguments: list[str]) -> list[str] | None:
@@ -111,7 +123,7 @@ def _job(tracebacks: bool, config: DictConfig) -> dict[str, Any] | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN and _has_a_table(config.get("protocol")):
         return _job_of_a_sweep(config)
     with _messages(tracebacks):  # here, where Hydra does not yet add lines of its own
-        _run(config)
+        _codes.append(_run(config)[1])
     return None
 
 
@@ -122,16 +134,18 @@ def _has_a_table(protocol: Any) -> bool:
 
 def _job_of_a_sweep(config: DictConfig) -> dict[str, Any]:
     """Return what came of a job, for the table; one that fails does not end the others."""
-    start, error, folder = time.perf_counter(), None, None
+    start, begun, error, folder = time.perf_counter(), time.time(), None, None
     try:
-        folder = _run(config)
+        folder, code = _run(config)
+        _codes.append(code)
     except Exception as failure:  # whatever it is, the other jobs go on
         error = explain(failure)
         foreseen = isinstance(failure, FusionMergeError | HydraException | OmegaConfBaseException)
         log.error("job %s failed: %s", HydraConfig.get().job.num, error, exc_info=not foreseen)
-        _failed.append(HydraConfig.get().job.num)
+        _codes.append(1)
     report = None if folder is None or error is not None else folder / "report.json"
-    found = str(report) if report is not None and report.is_file() else None
+    own = report is not None and report.is_file() and report.stat().st_mtime >= begun - _TICK  # not an earlier run's
+    found = str(report) if own else None
     return {"error": error, "report": found, "seconds": time.perf_counter() - start}
 
 
@@ -150,16 +164,14 @@ def _messages(tracebacks: bool) -> Iterator[None]:
         sys.exit(130)
 
 
-def _run(config: DictConfig) -> Path:
-    """Run a command, and return the folder that it may have written to."""
+def _run(config: DictConfig) -> tuple[Path, int]:
+    """Run a command; return the folder that it may have written to, and its exit code."""
     plain = _plain(config)
     if plain["print_config"]:
         log.info("%s", OmegaConf.to_yaml(OmegaConf.create(plain)))
     output_dir = _output_dir(plain)
-    command = "plan" if plain["plan"] and plain["command"] == "run" else plain["command"]
-    if code := find_command(command).run(plain, output_dir, _command()):
-        sys.exit(code)
-    return output_dir
+    command = "plan" if plain["plan"] and plain["command"] in ("run", "reproduce") else plain["command"]
+    return output_dir, find_command(command).run(plain, output_dir, _command())
 
 
 def _command() -> str:
@@ -184,6 +196,12 @@ def _plain(config: DictConfig) -> dict[str, Any]:
             raise ConfigError(f"`{part}`={plain[part]!r} is not a configuration; choose one with `{part}=NAME`")
     if plain["protocol"] is not None and not isinstance(plain["protocol"], dict):
         raise ConfigError(f"`protocol`={plain['protocol']!r} is not a protocol; choose one with `protocol=NAME`")
+    if plain["corruption"] is not None and "${corruption}" not in str(OmegaConf.to_container(config, resolve=False)):
+        raise ConfigError(
+            f"`corruption`={plain['corruption']!r}: nothing that is chosen looks at it; choose "
+            "`modelpool=clip-vit-base-patch32_robustness_corrupted`, give a task its own `corruption`, or take "
+            "`protocol=robustness`"
+        )
     for baseline in plain["baselines"]:
         if baseline not in BASELINES:
             raise ConfigError(f"`baselines` has {baseline!r}; {nearest(str(baseline), BASELINES)}")

@@ -1,7 +1,7 @@
 """Further names of presets: fusion_bench's long paths, and the task pool that goes with a model pool.
 
-They are made from the files in `config/` when Hydra is set up, so that they work wherever Hydra looks for a preset: in
-sweeps, in defaults lists, in `hydra.compose`. A file of the same name comes first.
+A list of tasks is also one of models. All are made from the files in `config/` when Hydra is set up, so that they work
+wherever Hydra looks for a preset: in sweeps, in defaults lists, in `hydra.compose`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib.resources import files
 
+import yaml
 from hydra.core.config_store import ConfigStore
 
 CONFIG = "fusion_merge.config"
@@ -55,6 +56,7 @@ def register_presets(modelpools: Iterable[str] = ()) -> None:
     Args:
         modelpools: model pools that are not among the presets, such as those of a user's own `--config-dir`.
     """
+    _register_model_lists()
     pools, taskpools = preset_names("modelpool"), preset_names("taskpool")
     for name in pools:
         _alias("modelpool", f"{LONG_PATHS['modelpool']}/{name}", name)
@@ -64,6 +66,26 @@ def register_presets(modelpools: Iterable[str] = ()) -> None:
     for name in {*pools, *long, *modelpools} - {*taskpools}:
         short = long.get(name, name)
         _alias("taskpool", name, short if short in taskpools else "clip_vision")
+
+
+def _register_model_lists() -> None:
+    """Let each list of tasks in `dataset` be one of models too: `/model/ARCHITECTURE: TA8`, the base one first."""
+    lists = {name: tasks for name in preset_names("dataset") if (tasks := _listed(name))}
+    for folder in files(CONFIG).joinpath("model").iterdir():
+        models = preset_names(f"model/{folder.name}") if folder.is_dir() else []
+        for name, tasks in lists.items():
+            if {"pretrained", *tasks} <= {*models}:
+                node = {"defaults": ["pretrained", *tasks]}
+                ConfigStore.instance().store(group=f"model/{folder.name}", name=name, node=node)
+
+
+def _listed(name: str) -> list[str]:
+    """Return the tasks of a list in `dataset`, those of the lists that it begins with included."""
+    text = files(CONFIG).joinpath("dataset", f"{name}{_ENDING}").read_text(encoding="utf-8")
+    tasks: list[str] = []
+    for part in (yaml.safe_load(text) or {}).get("defaults", []):
+        tasks += _listed(part) if isinstance(part, str) and part != "_self_" else part.get("task@_here_", [])
+    return tasks
 
 
 def _alias(group: str, name: str, target: str) -> None:

@@ -198,7 +198,8 @@ class FusionProgram:
                 report["routings"] = routings
         with self._phase("baselines"):
             report["baselines"] = self._baselines(fabric)
-        for column in (report, *report["baselines"].values()) if self.groups else ():
+        further = (*report["baselines"].values(), *report.get("routings", {}).values())
+        for column in (report, *further) if self.groups else ():
             column["averages"] = {name: average(column, tasks) for name, tasks in self.groups.items()}
         report["run"] = self._describe_run(model, fabric)
         with together():
@@ -207,6 +208,12 @@ class FusionProgram:
                 self._write(report, model, fabric)
                 self.method.on_run_end()
         return report
+
+    def forget_images(self) -> None:
+        """Let go of the images that are kept in memory; they are read again where they are needed."""
+        pools = [self.taskpool] if isinstance(self.taskpool, CLIPVisionModelTaskPool) else []
+        for pool in (*pools, *self.modelpool.made_task_pools()):
+            pool.forget_images()
 
     def fabric_options(self) -> dict[str, Any]:
         """Return the options of Fabric: `method.devices`, fusion_bench's name, counts devices other than the CPU."""

@@ -16,6 +16,12 @@ COMMANDS = ("run", "plan", "describe", "fetch", "reproduce")
 _ABOUT = {"describe": "method", "reproduce": "reproduction"}
 """The option that a bare word after a command is for."""
 
+_FLAGS_WITH_VALUE = (
+    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p"),
+    "--experimental-rerun",
+)
+"""Hydra's flags after which a value is to come."""
+
 
 class Command(Protocol):
     """A module of this package."""
@@ -75,3 +81,19 @@ def spell_out(arguments: list[str]) -> list[str]:
     if about is not None and rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")):
         rest[0] = f"{about}={rest[0]}"
     return [f"command={word}", *rest]
+
+
+def overrides_first(arguments: list[str]) -> list[str]:
+    """Return the command line with KEY=VALUE before all flags, however it was typed: Hydra takes them in a row.
+
+    Args:
+        arguments: options and Hydra's flags.
+    """
+    overrides: list[str] = []
+    flags: list[str] = []
+    value = False
+    for argument in arguments:
+        plain = not value and not argument.startswith("-") and ("=" in argument or argument.startswith(("~", "+")))
+        (overrides if plain else flags).append(argument)
+        value = argument in _FLAGS_WITH_VALUE
+    return [*overrides, *flags]

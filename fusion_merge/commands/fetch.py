@@ -16,6 +16,7 @@ from fusion_merge.errors import FusionMergeError, reason
 from fusion_merge.models.clip import PROCESSOR_FILES
 from fusion_merge.models.offline import WAY_OUT, is_offline
 from fusion_merge.models.sources import find_others, shortened, split_source
+from fusion_merge.pools.base import DummyTaskPool
 from fusion_merge.pools.cached_data import cached_files, commit_of
 from fusion_merge.pools.model_pool import CLIPVisionModelPool
 from fusion_merge.pools.references import Reference
@@ -54,7 +55,7 @@ class _Thing:
 
 def run(config: Mapping[str, Any], output_dir: Path, typed: str) -> int:
     """See `Command.run`: what a run would read is read as the run would, but weights only as files."""
-    program = FusionProgram(config, output_dir, typed)
+    program = FusionProgram(_with_a_task_pool(config), output_dir, typed)
     started = time.time() - _SLACK
     rows, missing, total = [], [], 0
     for thing in _things(program):
@@ -75,6 +76,15 @@ def run(config: Mapping[str, Any], output_dir: Path, typed: str) -> int:
         offline = "offline (`HF_HUB_OFFLINE`), and " if is_offline() else ""
         raise FusionMergeError(f"{offline}{len(missing)} of {len(rows) - 1} not to be had: {'; '.join(missing)}")
     return 0
+
+
+def _with_a_task_pool(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a configuration that needs no tasks: a pool of models alone is fetched too."""
+    taskpool = config["taskpool"]
+    tables = (taskpool.get("tasks"), taskpool.get("test_datasets"), config["modelpool"].get("test_datasets"))
+    if any(tables) or not {"tasks", "test_datasets"} & {*taskpool}:
+        return config
+    return {**config, "taskpool": {"_target_": f"{DummyTaskPool.__module__}.{DummyTaskPool.__name__}"}}
 
 
 def _described(thing: _Thing, files: Sequence[Path], size: int, started: float) -> list[str]:

@@ -27,18 +27,20 @@ from fusion_merge.report.published import (
 log = logging.getLogger(__name__)
 
 GROUP = "reproduction"
-WITHIN, NOT_WITHIN = 0, 2
-"""Exit codes; 1 is an error's."""
+WITHIN, NOT_WITHIN = 0, 3
+"""Exit codes; 1 is an error's, and 2 that of arguments which are none."""
 
 
 def run(config: Mapping[str, Any], output_dir: Path, typed: str) -> int:
-    """See `Command.run`: 0 if ours is within the tolerance, 2 if it is not."""
+    """See `Command.run`: 0 if ours is within the tolerance, 3 if it is not."""
     if config[GROUP] is None:
         log.info("%s\n\nrun one with `fusion_merge reproduce NAME`", rows_table(preset_files(GROUP)))
         return WITHIN
     name = chosen_preset(GROUP)
     row = published_row(name, config[GROUP])
     _check_scored(row, config)
+    if config["protocol"] is not None and not str(config["protocol"].get("_target_")).endswith(".SweepProtocol"):
+        raise ConfigError(f"a published row is one run, and `protocol` makes several of `{name}`; leave it out")
     recipe = composed(f"{GROUP}={name}")
     found = departures(recipe, config)
     tasks = _tasks(recipe)

@@ -5,7 +5,7 @@ Perturbations", ICLR 2019 (arXiv 1903.12261), and of the code beside it. That co
 
 - `cifar-c`, made for images of 32×32 and the weaker ones. The default: the code of the merging papers' robustness
   tables (AdaMerging, WEMoE; fusion_bench's `image_corruption`) has these, for images of every size.
-- `imagenet-c`, made for photographs of 224×224: much stronger.
+- `imagenet-c`, made for photographs of 224×224: much stronger, but for `pixelate`.
 
 Lengths (of blurs, of drops) are in pixels of the image as it is, as there. What comes out is rounded to the nearest of
 0-255, where the published code cuts off.
@@ -280,8 +280,10 @@ def _rgb(image: Any) -> Image.Image:
     if isinstance(given, Image.Image):
         return given
     array = np.asarray(given)
-    if array.ndim == 3 and array.shape[0] == 3 and array.shape[-1] != 3:
-        array = array.transpose(1, 2, 0)  # (H, W, 3)
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3):
+        array = array.transpose(1, 2, 0)  # (H, W, C)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
     return Image.fromarray(array).convert("RGB")
 
 

@@ -271,6 +271,10 @@ class CLIPVisionModelPool:
             self._task_pools[split] = pool
         return self._task_pools[split]
 
+    def made_task_pools(self) -> list[CLIPVisionModelTaskPool]:
+        """Return the task pools over the pool's own datasets that were made so far."""
+        return list(self._task_pools.values())
+
     def on_other_images(self, test_datasets: Mapping[str, Any]) -> CLIPVisionModelPool:
         """Return a pool of the same models with other images to adapt on; what was read of the models is shared.
 

@@ -8,6 +8,7 @@ from typing import Any
 from datasets import DatasetDict
 
 from fusion_merge.errors import ConfigError
+from fusion_merge.pools.corruptions import CORRUPTIONS
 from fusion_merge.pools.datasets import CORRUPTION_OPTIONS
 
 
@@ -50,6 +51,11 @@ def with_corruption(name: str, spec: Any, **options: Any) -> dict[str, Any]:
             raise ConfigError(
                 f"task `{name}` has `{key}`={table[key]!r} of its own; leave it out: the protocol corrupts every task"
             )
+    if table.get("split") in CORRUPTIONS:
+        raise ConfigError(
+            f"task `{name}` takes the split `{table['split']}`, whose images are corrupted already; take clean ones, "
+            "such as those of `modelpool=clip-vit-base-patch32_robustness_clean`"
+        )
     return {**table, **options}
 
 

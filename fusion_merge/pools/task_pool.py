@@ -24,9 +24,7 @@ from fusion_merge.models.clip import (
     check_whole_clip,
     load_clip,
     load_processor,
-    module_config,
     split_processor,
-    vision_config,
 )
 from fusion_merge.models.clip_config import plain_config
 from fusion_merge.models.sources import fingerprint
@@ -206,6 +204,12 @@ class CLIPVisionModelTaskPool(TaskPool):
             self._images[name] = images
         return self._images[name]
 
+    def forget_images(self) -> None:
+        """Let go of the preprocessed images, those of other splits too."""
+        self._images.clear()
+        for pool in self._splits.values():
+            pool.forget_images()
+
     def check_processor(self) -> None:
         """Refuse a processor that makes images of another size than the CLIP model takes.
 
@@ -220,13 +224,10 @@ class CLIPVisionModelTaskPool(TaskPool):
         self._check_size(tuple(black.shape), "of any picture")
 
     def _check_size(self, found: tuple[int, ...], what: str) -> None:
-        source = self._clip_source
-        if isinstance(source, Reference):
-            config = vision_config(source.config(), where=f"`{source}`")
-        elif isinstance(source, CLIPModel):
-            config = module_config(source)
-        else:
+        clip = self.clip_config()
+        if clip is None:
             return
+        config: Any = clip.vision_config
         expected = (config.num_channels, config.image_size, config.image_size)
         if found != expected:
             raise DataError(

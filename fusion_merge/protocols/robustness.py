@@ -24,7 +24,7 @@ from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 from fusion_merge.processes import in_company, together
 from fusion_merge.program import FusionProgram, Report
 from fusion_merge.protocols.base import Protocol
-from fusion_merge.report.protocols import CLEAN, condition_averages, condition_table, robustness_report
+from fusion_merge.report.protocols import CLEAN, condition_averages, condition_table, remarks, robustness_report
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,11 @@ class RobustnessProtocol(Protocol):
         for name in self.corruptions or ():
             if name not in CORRUPTIONS:
                 raise ConfigError(f"`protocol.corruptions` has {name!r}; {nearest(str(name), CORRUPTIONS)}")
+        if self.source == "splits" and (self.severity, self.constants) != (SEVERITY, "cifar-c"):
+            raise ConfigError(
+                f"`protocol.severity`={self.severity} and `protocol.constants`={self.constants} are those of generated "
+                "images; leave them out, or take `protocol.source=generated`"
+            )
         if not self.conditions:
             raise ConfigError("`protocol.corruptions`=[] and `protocol.clean`=False leave nothing to do; give some")
 
@@ -159,6 +164,7 @@ class RobustnessProgram:
                     log.info("condition  %s (%d of %d)", name, len(reports) + 1, len(self.conditions))
                 log_to(fabric, program.output_dir / "logs")
                 reports[name] = program.run_on(fabric)
+                program.forget_images()
             with together():
                 return self._write(reports, time.perf_counter() - start, fabric)
 
@@ -207,5 +213,7 @@ class RobustnessProgram:
             write_text(self.config["report_save_path"], text)
         write_text(self.output_dir / "report.md", robustness_report(report, tasks))
         log.info("\naverage accuracy in percent\n%s", condition_table(report["averages"]))
+        for remark in remarks(report):
+            log.warning("%s", remark)
         log.info("\nreport in %s", self.output_dir / "report.md")
         return report

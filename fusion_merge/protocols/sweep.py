@@ -95,7 +95,8 @@ class SweepTable(Callback):
         for row in rows:
             row["options"] = {key: value for key, value in row["options"].items() if key in options}
             row["best"] = bool(scored) and row["accuracy"] == max(scored)
-        folder = Path(_output_dir(config, options) or sweep_dir).expanduser()
+        named = config.output_dir if "output_dir" not in options else None  # by the user, for all jobs
+        folder = Path(named or sweep_dir).expanduser()
         write_text(folder / "sweep.json", json.dumps(rows, indent=2))
         write_text(folder / "sweep.csv", _csv(rows, options))
         command = f"    {shlex.join(['fusion_merge', '--multirun', *config.hydra.overrides.task])}"
@@ -117,12 +118,6 @@ def swept(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _key_and_value(override: str) -> tuple[str, str]:
     key, _, value = override.partition("=")
     return key.lstrip("+~"), value
-
-
-def _output_dir(config: Any, options: Sequence[str]) -> str | None:
-    """Return the folder that the user named for all jobs, if there is one."""
-    given = dict(_key_and_value(override) for override in config.hydra.overrides.task)
-    return None if "output_dir" in options or given.get("output_dir") in (None, "null", "") else given["output_dir"]
 
 
 def _scores(file: str | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 _NO_MATTER = {
-    *("command", "seed", "dry_run", "print_config", "baselines", "evaluate_routings"),
+    *("command", "seed", "dry_run", "plan", "protocol", "print_config", "baselines", "evaluate_routings"),
     *("output_dir", "report_save_path", "merged_model_save_path", "fabric.accelerator", "fabric.strategy"),
     *("method.name", "method.seed", "method.num_workers", "method.svd_accelerator", "method.use_grad_accumulate"),
     *("method.save_checkpoint", "method.cache_dir", "method.save_every", "method.resume"),
@@ -67,11 +67,27 @@ def departures(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> Departur
 
 
 def _leaves(table: Mapping[str, Any], above: Key = ()) -> Iterator[tuple[Key, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*above, str(key)))
+    for name, value in table.items():
+        key = (*above, str(name))
+        if _is_place(key) and (place := _place(value)) is not None:
+            yield key, place
+        elif isinstance(value, Mapping):
+            yield from _leaves(value, key)
         else:
-            yield (*above, str(key)), value
+            yield key, value
+
+
+def _is_place(key: Key) -> bool:
+    """Tell whether a key is that of a model, a processor, or the data of a task."""
+    return len(key) > 1 and _is_source(key) and (key[-1] == "data" or key[1] not in ("tasks", "test_datasets"))
+
+
+def _place(value: Any) -> str | None:
+    """Return in one text what a table such as `{path: owner/name, name: …, revision: …}` says, or None."""
+    if not isinstance(value, Mapping) or "_target_" in value or not isinstance(value.get("path"), str):
+        return None
+    words = ", ".join(str(value[key]) for key in value if key != "revision" and value[key] is not None)
+    return f"{words}@{value['revision']}" if value.get("revision") else words
 
 
 def _renamed(published: Mapping[Key, Any], ours: Mapping[Key, Any], found: Departures) -> list[Key]:

@@ -54,12 +54,32 @@ def robustness_report(report: Mapping[str, Any], tasks: Sequence[str]) -> str:
     run = report["run"]
     lines = [f"# {run['method']}: robustness", "", f"    {run['command']}", "", "Average accuracy in percent.", ""]
     lines += [condition_table(report["averages"], style="github"), "", run["images"], ""]
+    lines += [line for remark in remarks(report) for line in (f"**{remark}.**", "")]
     for name, condition in report["conditions"].items():
         lines += [f"## {name.replace('_', ' ')}", ""]
         lines += [accuracy_table(columns_of(condition), tasks, style="github"), "", f"[report]({name}/report.md)", ""]
     versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
     lines += [f"{run['seconds']:.1f} seconds. Seed {run['seed']}; {versions}.", ""]
     return "\n".join(lines)
+
+
+def remarks(report: Mapping[str, Any]) -> list[str]:
+    """Return what a reader must know of single conditions: adaptation that ended early or collapsed, images left out.
+
+    Args:
+        report: as in `robustness_report`.
+    """
+    found = []
+    for name, condition in report["conditions"].items():
+        adaptation = condition["run"].get("adaptation") or {}
+        if adaptation.get("interrupted"):
+            found.append(f"{name}: adaptation was interrupted after {adaptation['steps']} steps")
+        for task, step in (adaptation.get("collapsed") or {}).items():
+            found.append(f"{name}: `{task}` collapsed to one class from step {step} on")
+        for task, score in condition.items():
+            if isinstance(score, Mapping) and score.get("skipped"):
+                found.append(f"{name}: {score['skipped']} bad images of `{task}` are left out of the scores")
+    return found
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]], options: Sequence[str], *, style: str = "simple") -> str:

@@ -141,6 +141,8 @@ def test_robustness_of_a_static_method_on_corrupted_splits(pool_dir, tmp_path):
         (["taskpool=dummy"], ["needs tasks to score on"]),
         (["method.tta_split=train", "protocol.source=splits"], ["do not go together"]),
         (["protocol.source=splits"], ["its data have no splits"]),
+        (["protocol.source=splits", "protocol.severity=3"], ["`protocol.severity`=3", "generated images"]),
+        (["taskpool.tasks.cats.split=contrast"], ["`cats` takes the split `contrast`", "corrupted already"]),
         (["taskpool.tasks.cats.corruption=spatter"], ["`cats` has `corruption`='spatter' of its own", "leave it out"]),
     ],
 )
@@ -245,6 +247,15 @@ def test_sweep_into_a_named_folder_has_its_table_there_and_no_earlier_jobs(pool_
     rows = report_in(tmp_path / "here", "sweep.json")
     assert [row["options"] for row in rows] == [{"method": "task_arithmetic"}, {"method": "simple_average"}]
     assert [row["report"] for row in rows] == ["here/0/report.json", "here/1/report.json"]
+
+
+def test_a_job_that_writes_no_report_has_no_scores(pool_dir, tmp_path):
+    arguments = [*own_pool(pool_dir), "output_dir='my, out'", "baselines=[]", "seed=0,1", "--multirun"]
+    assert run_cli("method=dummy", *arguments, cwd=tmp_path).code == 0
+    more = ["method=task_arithmetic", "protocol=sweep", "dry_run=true"]
+    assert run_cli(*more, *arguments, cwd=tmp_path).code == 0
+    rows = report_in(tmp_path / "my, out", "sweep.json")
+    assert [(row["accuracy"], row["report"], row["error"]) for row in rows] == [(None, None, None)] * 2
 
 
 def test_sweep_needs_multirun(pool_dir, tmp_path):

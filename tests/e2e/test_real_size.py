@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,20 @@ def test_method_adapts_and_scores_at_full_width(pool, tmp_path, method):
         assert math.isfinite(report[task]["loss"])
         assert 0 <= report[task]["accuracy"] <= 1
     assert report["model_info"]["all_params"] > 7_000_000
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_peak_memory_is_what_was_planned(pool, tmp_path, method):
+    arguments = [*(pool / "arguments.txt").read_text().split(), f"method={method}", *METHODS[method], "baselines=[]"]
+    program = [sys.executable, "-m", "fusion_merge"]
+    plan = [*program, "plan", *arguments, "method.max_steps=1", "report_save_path=plan.json"]
+    subprocess.run(plan, cwd=tmp_path, check=True, capture_output=True)
+    peak = json.loads((tmp_path / "plan.json").read_text())["peak"]["host_bytes"]
+    measure = [sys.executable, EXAMPLES / "measure.py", *program, *arguments, "method.max_steps=1"]
+    done = subprocess.run(measure, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    measured = float(re.findall(r"peak memory ([0-9.]+) GB", done.stderr)[-1]) * 1e9
+    assert measured == pytest.approx(peak, rel=0.15)
 
 
 def test_measure_tells_time_and_memory_and_passes_the_exit_code_on():

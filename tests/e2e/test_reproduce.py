@@ -54,7 +54,11 @@ def reproduce(presets: Path, cwd: Path, name: str, *arguments: str) -> Finished:
 
 
 def comparison(cwd: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((cwd / "out" / "reproduction.json").read_text())
+    return comparison_in(cwd / "out")
+
+
+def comparison_in(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "reproduction.json").read_text())
     return content
 
 
@@ -117,7 +121,7 @@ def test_written_comparison_has_table_verdict_and_provenance(finished, pool_dir)
     assert "Seed 0" in text
 
 
-def test_row_out_of_tolerance_ends_with_code_2_and_says_where(presets, tmp_path):
+def test_row_out_of_tolerance_ends_with_code_3_and_says_where(presets, tmp_path):
     done = reproduce(
         presets,
         tmp_path,
@@ -126,7 +130,7 @@ def test_row_out_of_tolerance_ends_with_code_2_and_says_where(presets, tmp_path)
         "reproduction.published.average=0",
         "method.max_steps=1",
     )
-    assert done.code == 2, done.err
+    assert done.code == 3, done.err
     content = comparison(tmp_path)
     assert content["within_tolerance"] is False
     assert content["verdict"].startswith("NOT within tolerance (±0.5 points on the average, ±100 on a task): average +")
@@ -149,6 +153,26 @@ def test_exact_repetition_meets_its_own_figures(finished, presets, tmp_path):
         f"reproduction.published.average={ours['average']}",
     )
     assert done.code == 0, done.out + done.err
+
+
+def test_several_seeds_of_a_row_are_run_though_one_is_out_of_tolerance(presets, tmp_path):
+    published = "reproduction.published.average=0"
+    arguments = ["output_dir=out", "seed=0,1", "protocol=sweep", "reproduction.tolerance.average=0.1", published]
+    done = run_cli("reproduce", "still", "--config-dir", str(presets), "--multirun", *arguments, cwd=tmp_path)
+    assert done.code == 3, done.err
+    rows = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [row["options"]["seed"] for row in rows] == ["0", "1"]
+    assert all(row["error"] is None and row["accuracy"] > 0 for row in rows)
+    assert comparison_in(tmp_path / "out" / "1")["departures"] == [
+        f"{published} instead of 40",
+        "reproduction.tolerance.average=0.1 instead of 100",
+    ]
+
+
+def test_a_row_is_planned_and_not_run(presets, tmp_path):
+    done = reproduce(presets, tmp_path, "small", "plan=true")
+    assert (done.code, files_in(tmp_path)) == (0, []), done.err
+    assert "no problems: the run can start" in done.out
 
 
 def test_static_row_has_one_column(presets, tmp_path):
@@ -180,6 +204,7 @@ def test_dry_run_says_what_would_be_compared_and_writes_nothing(presets, tmp_pat
         ("small", "reproduction.published.cats=990", ("`reproduction.published.cats`=990", "0-100")),
         ("smal", "seed=0", ("`reproduction=smal` is not a preset", "did you mean `small`?")),
         ("small", "method.max_step=3", ("`method.max_step` is not an option",)),
+        ("small", "protocol=robustness", ("`protocol` makes several of `small`", "leave it out")),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_computed(presets, tmp_path, name, argument, texts):

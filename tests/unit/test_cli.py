@@ -406,6 +406,24 @@ def test_plan_names_method_models_and_tasks(pool_dir, tmp_path):
     assert files_in(tmp_path) == []
 
 
+def test_a_corruption_that_nothing_looks_at_is_refused(pool_dir, tmp_path):
+    done = run_cli("method=dummy", *own_pool(pool_dir), "corruption=contrast", cwd=tmp_path)
+    assert_refused(done, tmp_path, "`corruption`='contrast': nothing that is chosen looks at it")
+
+
+def test_a_task_pool_of_the_user_s_own_goes_with_the_model_pool_of_its_name(pool_dir, tmp_path):
+    presets = {"modelpool": f"models: {{_pretrained_: {pool_dir}/pretrained, cats: {pool_dir}/cats}}", "taskpool": "x"}
+    presets["taskpool"] = f"tasks: {{cats: {{data: {pool_dir}/images/cats}}}}"
+    for group, text in presets.items():
+        (tmp_path / "own" / group).mkdir(parents=True)
+        (tmp_path / "own" / group / "two.yaml").write_text(f"defaults: [clip_vision]\n{text}\n")
+    arguments = ["method=dummy", "modelpool=two", "--config-dir", str(tmp_path / "own"), "dry_run=true"]
+    for more in ([], ["taskpool=two"]):
+        done = run_cli(*arguments, *more, cwd=tmp_path / "run")
+        assert done.code == 0, done.err
+        assert "cats (12) images" in done.out
+
+
 @pytest.mark.parametrize(
     ("argument", "text"),
     [

@@ -122,6 +122,13 @@ def test_what_differs_in_its_options_alone_is_fetched_each(pool_dir, tmp_path, m
     assert "1 of 6 not to be had: dataset `dogs`" in done.err
 
 
+@pytest.mark.usefixtures("root")
+def test_models_alone_are_fetched(tmp_path):
+    done = run_cli("fetch", *HUB[:2], cwd=tmp_path / "run")
+    assert (done.code, done.err) == (0, "")
+    assert [row[1] for row in table(done)[:-1]] == ["_pretrained_", "cats", "dogs"]
+
+
 OWN = {"cats": "cats", "dogs": "nowhere"}
 
 

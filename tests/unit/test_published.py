@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from helpers import TASKS
 
-from fusion_merge.commands import COMMANDS, spell_out
+from fusion_merge.commands import COMMANDS, overrides_first, spell_out
 from fusion_merge.errors import ConfigError
 from fusion_merge.report.departures import departures
 from fusion_merge.report.published import (
@@ -251,9 +251,20 @@ def test_local_paths_are_taken_for_copies(path, tmp_path):
     assert found.copies[0].startswith(f"{path}={tmp_path}"[:80])
 
 
-def test_published_model_at_a_revision_is_a_copy():
-    found = departures(RECIPE, changed(("modelpool.models.cats", "owner/cats@abc")))
+@pytest.mark.parametrize("value", ["owner/cats@abc", {"path": "owner/cats", "revision": "abc"}])
+def test_published_model_at_a_revision_is_a_copy(value):
+    found = departures(RECIPE, changed(("modelpool.models.cats", value)))
     assert (found.changes, found.copies) == ([], ["modelpool.models.cats=owner/cats@abc instead of owner/cats"])
+
+
+def test_a_local_path_is_a_copy_of_data_with_a_configuration(tmp_path):
+    key = "modelpool.test_datasets.cats.data"
+    recipe = changed((key, {"path": "owner/numbers", "name": "cropped"}))
+    found = departures(recipe, changed((key, str(tmp_path))))
+    assert found.changes == []
+    assert found.copies == [f"{key}={tmp_path} instead of owner/numbers, cropped"]
+    other = departures(recipe, changed((key, {"path": "owner/numbers", "name": "whole"})))
+    assert other.changes == [f"{key}=owner/numbers, whole instead of owner/numbers, cropped"]
 
 
 # The command line
@@ -266,3 +277,16 @@ def test_reproduce_takes_the_name_of_a_row():
     assert spell_out(["reproduce", "seed=1"]) == ["command=reproduce", "seed=1"]
     assert spell_out(["reproduce", "--help"]) == ["command=reproduce", "--help"]
     assert spell_out(["run", "seed=1"]) == ["command=run", "seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("command=plan --multirun seed=0,1", "command=plan seed=0,1 --multirun"),
+        ("--config-dir a=b seed=1 -m", "seed=1 --config-dir a=b -m"),
+        ("seed=1 --cfg job +x=2 ~y", "seed=1 +x=2 ~y --cfg job"),
+        ("--config-dir=d seed=1", "seed=1 --config-dir=d"),
+    ],
+)
+def test_flags_may_stand_anywhere(typed, expected):
+    assert overrides_first(typed.split()) == expected.split()
