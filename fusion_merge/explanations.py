@@ -34,6 +34,8 @@ def explain(error: Exception) -> str:
         return _explain_key(found[1])
     cause = error.__cause__
     messages = [str(error)]
+    if "LexerNoViableAlt" in messages[0]:
+        messages.append('Within braces and brackets, write values with signs such as ~ in quotes: {cats: "~/cats"}')
     if isinstance(cause, Exception) and str(cause) not in messages[0]:
         messages.append(str(cause))
     if found := re.match(r"Error merging override ([^=\s]+)=(\S*)", messages[0]):

@@ -222,8 +222,12 @@ def _local_fetch(folder: Path) -> Fetch:
 
 
 def _not_here(source: str, why: str) -> ModelError:
+    folder = Path(source.partition("@")[0]).parent
+    if folder.parts and folder.is_dir():
+        why = f"there is no such entry in the folder `{folder}`; as a hub id: {why}"
     if is_offline():
-        return ModelError(f"`{source}` is not a folder here and not in the cache; {WAY_OUT}")
+        there = f" (nor in the folder `{folder}`, which is here)" if folder.parts and folder.is_dir() else ""
+        return ModelError(f"`{source}` is not a folder here{there} and not in the cache; {WAY_OUT}")
     return ModelError(f"`{source}` is not a folder here and cannot be had from the hub: {why}")
 
 

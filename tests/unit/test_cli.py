@@ -406,6 +406,11 @@ def test_plan_names_method_models_and_tasks(pool_dir, tmp_path):
     assert files_in(tmp_path) == []
 
 
+def test_a_value_that_cannot_be_read_is_explained(tmp_path):
+    done = run_cli("modelpool=clip_vision", "modelpool.models={_pretrained_: ~/clip}", cwd=tmp_path)
+    assert_refused(done, tmp_path, 'write values with signs such as ~ in quotes: {cats: "~/cats"}')
+
+
 def test_a_corruption_that_nothing_looks_at_is_refused(pool_dir, tmp_path):
     done = run_cli("method=dummy", *own_pool(pool_dir), "corruption=contrast", cwd=tmp_path)
     assert_refused(done, tmp_path, "`corruption`='contrast': nothing that is chosen looks at it")

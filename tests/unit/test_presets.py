@@ -176,14 +176,16 @@ def test_model_pool_has_the_published_models_and_images_and_can_be_made_offline(
 def test_every_list_is_the_one_before_and_two_tasks_more():
     names = list(LISTS)
     for before, name in pairwise(names):
-        for group in ("dataset", f"model/{B32}", f"model/{B16}", f"model/{L14}"):
-            preset = yaml.safe_load(
-                files("fusion_merge.config").joinpath(*group.split("/"), f"{name}.yaml").read_text()
-            )
-            first, *more = preset["defaults"]
-            assert first == before
-            added = next(iter(more[0].values())) if group == "dataset" else more
-            assert added == LISTS[name][len(LISTS[before]) :]
+        preset = yaml.safe_load(files("fusion_merge.config").joinpath("dataset", f"{name}.yaml").read_text())
+        first, more = preset["defaults"]
+        assert first == before
+        assert next(iter(more.values())) == LISTS[name][len(LISTS[before]) :]
+
+
+def test_models_have_no_lists_of_their_own():
+    folder = Path(str(files("fusion_merge.config"))) / "model"
+    listed = [file for file in folder.rglob("*.yaml") if len(yaml.safe_load(file.read_text()).get("defaults", [])) > 2]
+    assert listed == []
 
 
 @pytest.mark.parametrize("folder", ["dataset", "model"])
