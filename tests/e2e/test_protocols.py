@@ -128,6 +128,8 @@ def test_robustness_of_a_static_method_on_corrupted_splits(pool_dir, tmp_path):
     report = report_in(cwd / "out")
     assert report["conditions"]["clean"]["cats"] != report["conditions"]["contrast"]["cats"]
     assert report["run"]["images"] == "Corrupted images are splits of the data."
+    again = run_cli(*common, "method=task_arithmetic", "taskpool.tasks.cats.split=contrast", cwd=tmp_path / "again")
+    assert_refused(again, tmp_path / "again", "`cats` takes the split `contrast`, whose images are corrupted already")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,6 @@ def test_robustness_of_a_static_method_on_corrupted_splits(pool_dir, tmp_path):
         (["method.tta_split=train", "protocol.source=splits"], ["do not go together"]),
         (["protocol.source=splits"], ["its data have no splits"]),
         (["protocol.source=splits", "protocol.severity=3"], ["`protocol.severity`=3", "generated images"]),
-        (["taskpool.tasks.cats.split=contrast"], ["`cats` takes the split `contrast`", "corrupted already"]),
         (["taskpool.tasks.cats.corruption=spatter"], ["`cats` has `corruption`='spatter' of its own", "leave it out"]),
     ],
 )

@@ -237,6 +237,13 @@ def test_spatter_without_a_drop_changes_nothing():
 # What is refused
 
 
+@pytest.mark.parametrize("shape", [(1, 28, 28), (28, 28, 1), (28, 28)])
+def test_images_of_one_channel_are_corrupted_too(shape):
+    array = np.arange(784, dtype=np.uint8).reshape(shape)
+    expected = Corruption("contrast").apply(Image.fromarray(array.reshape(28, 28)), "task", 0)
+    assert np.array_equal(Corruption("contrast").apply(array, "task", 0), expected)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -247,13 +254,6 @@ def test_spatter_without_a_drop_changes_nothing():
         ({"name": "contrast", "seed": -1}, "`corruption_seed`=-1 is not possible"),
     ],
 )
-@pytest.mark.parametrize("shape", [(1, 28, 28), (28, 28, 1), (28, 28)])
-def test_images_of_one_channel_are_corrupted_too(shape):
-    array = np.arange(784, dtype=np.uint8).reshape(shape)
-    expected = Corruption("contrast").apply(Image.fromarray(array.reshape(28, 28)), "task", 0)
-    assert np.array_equal(Corruption("contrast").apply(array, "task", 0), expected)
-
-
 def test_impossible_corruption_is_refused(options, message):
     with pytest.raises(ConfigError) as refused:
         Corruption(**options)
