@@ -1,4 +1,4 @@
-"""Router checkpoints: the routers alone, and what they belong to."""
+"""Checkpoints of what was adapted, such as routers, alone, and what they belong to."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from fusion_merge.moe import moe_layers
 from fusion_merge.sealed import checksum, read_about, read_sealed, write_sealed
 
 FORMAT = 1
-_WHAT = "router checkpoint"
 _MEASURED = "task_coefficients"
 
 
-def router_state(model: nn.Module) -> dict[str, Tensor]:
+def router_state(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of all routers by layer; a shared router's stand under its first layer.
 
     Args:
@@ -30,72 +29,85 @@ def router_state(model: nn.Module) -> dict[str, Tensor]:
     return {name.replace("/", "."): parameter for name, parameter in routers.named_parameters()}
 
 
-def save_routers(path: Path | str, model: nn.Module, belongs_to: Mapping[str, Any]) -> None:
-    """Write the routers of a model, whole or not at all.
+def save_trained(path: Path | str, state: Mapping[str, Tensor], belongs_to: Mapping[str, Any]) -> None:
+    """Write what was adapted, whole or not at all.
 
     Args:
         path: where; any ending will do, the content is safetensors.
-        model: a model with routed MLPs.
-        belongs_to: what the routers fit, as plain values: method, options, tasks, fingerprints.
+        state: the parameters by name.
+        belongs_to: what they fit, as plain values: method, options, tasks, fingerprints.
 
     Raises:
         FusionMergeError: if the file cannot be written.
     """
-    write_sealed(path, router_state(model), {"version": FORMAT, **belongs_to})
+    write_sealed(path, dict(state), {"version": FORMAT, **belongs_to})
 
 
-def check_routers(path: Path | str, belongs_to: Mapping[str, Any]) -> None:
-    """Refuse a router checkpoint that does not fit, from its header alone.
+def check_trained(path: Path | str, belongs_to: Mapping[str, Any], part: str = "routers") -> None:
+    """Refuse a checkpoint that does not fit, from its header alone.
 
     Args:
-        path: what `save_routers` wrote.
-        belongs_to: what the routers must fit.
+        path: what `save_trained` wrote.
+        belongs_to: what its parameters must fit.
+        part: what they are, for errors.
 
     Raises:
         CheckpointError: if the file cannot be read or does not fit; the message says what differs.
     """
-    about = read_about(path, _WHAT)
+    about = read_about(path, called(part))
     about.pop(_MEASURED, None)
-    check_belongs(path, _WHAT, about, {"version": FORMAT, **belongs_to})
+    check_belongs(path, called(part), about, {"version": FORMAT, **belongs_to})
 
 
-def load_routers(path: Path | str, model: nn.Module, belongs_to: Mapping[str, Any]) -> None:
-    """Read routers into a model.
+def load_trained(
+    path: Path | str, own: Mapping[str, nn.Parameter], belongs_to: Mapping[str, Any], part: str = "routers"
+) -> None:
+    """Read what was adapted into the parameters of a model.
 
     Args:
-        path: what `save_routers` wrote.
-        model: a model with routed MLPs; its routers are changed.
-        belongs_to: what the routers must fit.
+        path: what `save_trained` wrote.
+        own: the parameters by name; changed.
+        belongs_to: what they must fit.
+        part: what they are, for errors.
 
     Raises:
         CheckpointError: if the file cannot be read or does not fit; the message says what differs.
     """
-    tensors, about = read_sealed(path, _WHAT)
+    what = called(part)
+    tensors, about = read_sealed(path, what)
     tensors.pop(_MEASURED, None)
     about.pop(_MEASURED, None)
-    check_belongs(path, _WHAT, about, {"version": FORMAT, **belongs_to})
-    own = router_state(model)
+    check_belongs(path, what, about, {"version": FORMAT, **belongs_to})
     there, here = ({n: list(t.shape) for n, t in state.items()} for state in (tensors, own))
     if differences := _differences(there, here):
-        raise CheckpointError(f"{_WHAT} `{path}` does not fit: shape of " + "; ".join(differences[:3]))
+        raise CheckpointError(f"{what} `{path}` does not fit: shape of " + "; ".join(differences[:3]))
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{_WHAT} `{path}` holds something else than finite numbers in `{name}`; use another")
+            raise CheckpointError(f"{what} `{path}` holds something else than finite numbers in `{name}`; use another")
     for name, parameter in own.items():
         parameter.data.copy_(tensors[name])
+
+
+def called(part: str) -> str:
+    """Return what a checkpoint of something is called.
+
+    Args:
+        part: what it holds, in the plural.
+    """
+    return f"{part.removesuffix('s')} checkpoint"
 
 
 def add_coefficients(path: Path | str, model: MergedCLIPVisionModel) -> None:
     """Add the mean merging coefficients of each task to a router checkpoint.
 
     Args:
-        path: what `save_routers` wrote.
+        path: what `save_trained` wrote.
         model: the model whose routers they are, in their final form.
 
     Raises:
         FusionMergeError: if the file cannot be read or written.
     """
-    tensors, about = read_sealed(path, _WHAT)
+    tensors, about = read_sealed(path, called("routers"))
     tensors[_MEASURED] = model.task_coefficients
     about[_MEASURED] = {"tasks": model.config.measured_tasks, "routers": checksum(router_state(model))}
     write_sealed(path, tensors, about)
@@ -105,13 +117,13 @@ def load_coefficients(path: Path | str, model: MergedCLIPVisionModel) -> None:
     """Read the mean merging coefficients of each task into a model, if the file has those of its very routers.
 
     Args:
-        path: what `save_routers` wrote.
+        path: what `save_trained` wrote.
         model: a model with the routers of that file, in their final form; changed.
 
     Raises:
         CheckpointError: if the file cannot be read.
     """
-    tensors, about = read_sealed(path, _WHAT)
+    tensors, about = read_sealed(path, called("routers"))
     measured = about.get(_MEASURED, {})
     if measured.get("routers") == checksum(router_state(model)):
         model.task_coefficients.copy_(tensors[_MEASURED])

@@ -1,4 +1,4 @@
-"""The adaptation loop: entropy minimisation of routers on unlabelled images."""
+"""The adaptation loop: entropy minimisation of few parameters, such as routers, on unlabelled images."""
 
 from __future__ import annotations
 
@@ -85,6 +85,7 @@ def adapt(
     max_steps: int = 1000,
     use_grad_accumulate: bool = True,
     progress: Progress | None = None,
+    what: str = "routers",
 ) -> AdaptationRecord:
     r"""Minimise the sum over tasks of the objective, by the given parameters alone.
 
@@ -104,6 +105,7 @@ def adapt(
         max_steps: how many steps, at least 0.
         use_grad_accumulate: run backward after each task: the same gradient in less memory.
         progress: where the state is kept, and where to go on from; `streams` must begin at its step.
+        what: what the parameters are, in a word, for messages.
 
     Raises:
         AdaptationError: if the loss of a task is not a number; the parameters are the last ones with which every loss
@@ -118,7 +120,7 @@ def adapt(
     _leave_frozen_tensors_alone(model)
     wrapped, optim = fabric.setup(model, make_optimizer(optimizer, parameters, lr))
     wrapped.eval()
-    update = _Update(parameters, optim)
+    update = _Update(parameters, optim, what)
     scaling = fabric.strategy.precision
     if progress is not None:
         with together():
@@ -128,7 +130,11 @@ def adapt(
         log_metrics(fabric, {f"entropy/{name}": values[step] for name, values in record.entropy.items()}, step)
     start = time.perf_counter() - record.seconds
     try:
-        with _interruptible() as interrupted, _global_batches(model, fabric), _bar(record, max_steps, fabric) as bar:
+        with (
+            _interruptible() as interrupted,
+            _global_batches(model, fabric),
+            _bar(record, max_steps, fabric, what) as bar,
+        ):
             for step in bar:
                 with together():  # an image that one process cannot read ends all of them
                     pixels = {name: next(stream.batches)[0] for name, stream in streams.items()}
@@ -146,19 +152,19 @@ def adapt(
                             progress.save(record, guard, parameters, optim, update.before, scaling.state_dict())
                 log_metrics(fabric, metrics, step)
                 if record.interrupted:
-                    _tell_of_interruption(record.steps, max_steps, kept=progress is not None)
+                    _tell_of_interruption(record.steps, max_steps, what, kept=progress is not None)
                     break
     finally:
         finish_logs(fabric)
     return record
 
 
-def _bar(record: AdaptationRecord, max_steps: int, fabric: Fabric) -> Any:
+def _bar(record: AdaptationRecord, max_steps: int, fabric: Fabric, what: str) -> Any:
     return tqdm(
         range(record.steps, max_steps),
         initial=record.steps,
         total=max_steps,
-        desc="adapting routers",
+        desc=f"adapting {what}",
         unit="step",
         disable=None if fabric.is_global_zero else True,
     )
@@ -185,11 +191,12 @@ def _tell(bar: Any, entropy: float, steps: int, max_steps: int, fabric: Fabric) 
         log.info("step %d of %d, entropy %.3f", steps, max_steps, entropy)
 
 
-def _tell_of_interruption(steps: int, max_steps: int, *, kept: bool) -> None:
+def _tell_of_interruption(steps: int, max_steps: int, what: str, *, kept: bool) -> None:
     log.warning(
-        "interrupted after step %d of %d: going on with the routers as they are (Ctrl-C again ends the run%s)",
+        "interrupted after step %d of %d: going on with the %s as they are (Ctrl-C again ends the run%s)",
         steps,
         max_steps,
+        what,
         "; `method.resume=true` takes up the adaptation here" if kept else "",
     )
 
@@ -240,9 +247,10 @@ def _global_batches(model: nn.Module, fabric: Fabric) -> Iterator[None]:
 class _Update:
     """Steps of an optimizer that can be taken back, so that a step gone wrong spoils nothing."""
 
-    def __init__(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, what: str) -> None:
         self._parameters = parameters
         self._optimizer = optimizer
+        self.what = what
         self.before: list[Tensor] = []
 
     def take(self, step: int) -> None:
@@ -257,7 +265,7 @@ class _Update:
         if not all(torch.isfinite(p).all() for p in self._parameters):
             self.take_back()
             raise AdaptationError(
-                f"the routers would not be finite after step {step}; they are kept as they were before it: "
+                f"the {self.what} would not be finite after step {step}; they are kept as they were before it: "
                 "try a smaller `lr`, or look for broken images or weights"
             )
 
@@ -272,8 +280,8 @@ def _refuse_nan(losses: dict[str, float], update: _Update, step: int) -> None:
         if not math.isfinite(loss):
             update.take_back()
             raise AdaptationError(
-                f"the loss of task `{name}` is {loss} at step {step}; the routers are the last ones with which every "
-                "loss was a number: try a smaller `lr`, or look for broken images or weights"
+                f"the loss of task `{name}` is {loss} at step {step}; the {update.what} are the last ones with which "
+                "every loss was a number: try a smaller `lr`, or look for broken images or weights"
             )
 
 

@@ -44,7 +44,7 @@ from fusion_merge import (
     get_method,
     list_methods,
 )
-from fusion_merge.adaptation.checkpoint import load_routers, router_state, save_routers
+from fusion_merge.adaptation.checkpoint import load_trained, router_state, save_trained
 from fusion_merge.adaptation.progress import Progress
 from fusion_merge.errors import CheckpointError, ConfigError, FusionMergeError, ModelError
 from fusion_merge.models.clip import save_tower
@@ -562,7 +562,7 @@ def test_weights_with_code_in_them(pool_dir, broken, tmp_path, way, kind, name):
 def test_router_checkpoint_and_progress_with_code_in_them(tmp_path, way, kind):
     marker = tmp_path / "marker"
     (tmp_path / "state").write_bytes(pickled({"b": Bomb(marker, way)}, kind))
-    must_be_refused(lambda: load_routers(tmp_path / "state", upcycled_toy(), BELONGS_TO), CheckpointError)
+    must_be_refused(lambda: load_trained(tmp_path / "state", router_state(upcycled_toy()), BELONGS_TO), CheckpointError)
     must_be_refused(lambda: Progress(tmp_path / "state", BELONGS_TO, 1, resume=True), CheckpointError)
     assert not marker.exists()
 
@@ -814,7 +814,7 @@ def test_flipped_bit_in_a_processor(pool_dir, clip, file, seed):
 def routers(tmp_path_factory) -> bytes:
     """A router checkpoint."""
     file = tmp_path_factory.mktemp("routers") / "routers"
-    save_routers(file, upcycled_toy(), BELONGS_TO)
+    save_trained(file, router_state(upcycled_toy()), BELONGS_TO)
     return file.read_bytes()
 
 
@@ -830,7 +830,7 @@ def read_routers(file: Path) -> bool:
     """Return whether a checkpoint was refused; it must leave the model alone then."""
     model = upcycled_toy(seed=7)
     before = copied(router_state(model))
-    stopped = refused(lambda: load_routers(file, model, BELONGS_TO))
+    stopped = refused(lambda: load_trained(file, router_state(model), BELONGS_TO))
     if stopped:
         assert same_state(router_state(model), before)
     return stopped

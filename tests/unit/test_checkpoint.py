@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from fusion_merge import sealed
-from fusion_merge.adaptation.checkpoint import load_routers, router_state, save_routers
+from fusion_merge.adaptation.checkpoint import load_trained, router_state, save_trained
 from fusion_merge.errors import CheckpointError, FusionMergeError
 from fusion_merge.moe import LayerEncodedRouter, make_router, moe_layers
 
@@ -31,7 +31,7 @@ def model():
 
 @pytest.fixture
 def saved(model, tmp_path):
-    save_routers(tmp_path / "routers.ckpt", model, BELONGS_TO)
+    save_trained(tmp_path / "routers.ckpt", router_state(model), BELONGS_TO)
     return tmp_path / "routers.ckpt"
 
 
@@ -48,7 +48,7 @@ def _refused(path, match: str, belongs_to=BELONGS_TO, model=None) -> None:
     model = model or _other()
     before = copied(model.state_dict())
     with pytest.raises(CheckpointError, match=match):
-        load_routers(path, model, belongs_to)
+        load_trained(path, router_state(model), belongs_to)
     assert same_state(model.state_dict(), before)
 
 
@@ -56,9 +56,9 @@ def _refused(path, match: str, belongs_to=BELONGS_TO, model=None) -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_saved_routers_are_read_back_bit_for_bit(tmp_path, depth, shared):
     model = upcycled_toy(depth=depth, shared=shared)
-    save_routers(tmp_path / "routers.ckpt", model, BELONGS_TO)
+    save_trained(tmp_path / "routers.ckpt", router_state(model), BELONGS_TO)
     other = _other(upcycled_toy(depth=depth, shared=shared))
-    load_routers(tmp_path / "routers.ckpt", other, BELONGS_TO)
+    load_trained(tmp_path / "routers.ckpt", router_state(other), BELONGS_TO)
     assert same_state(other.state_dict(), model.state_dict())
 
 
@@ -71,13 +71,13 @@ def test_reading_changes_nothing_but_routers(saved):
     other = _other()
     other.layers[0].fc1.experts.weight.data += 1
     experts = other.layers[0].fc1.experts.weight.detach().clone()
-    load_routers(saved, other, BELONGS_TO)
+    load_trained(saved, router_state(other), BELONGS_TO)
     assert torch.equal(other.layers[0].fc1.experts.weight, experts)
 
 
 def test_read_routers_can_be_trained(saved):
     other = _other()
-    load_routers(saved, other, BELONGS_TO)
+    load_trained(saved, router_state(other), BELONGS_TO)
     assert all(p.requires_grad for p in router_state(other).values())
 
 
@@ -86,7 +86,7 @@ def test_a_shared_router_with_position_codes_is_stored_once(tmp_path):
     shared = make_router(1, 6 + 4, 3, 0.3, hidden=10)
     for index, layer in enumerate(moe_layers(model).values()):
         layer.router = LayerEncodedRouter(shared, index, 4)
-    save_routers(tmp_path / "routers.ckpt", model, BELONGS_TO)
+    save_trained(tmp_path / "routers.ckpt", router_state(model), BELONGS_TO)
     assert set(load_file(tmp_path / "routers.ckpt")) == {"layers.0.shared.out.weight", "layers.0.shared.out.bias"}
 
 
@@ -142,7 +142,7 @@ def test_all_other_differences_are_listed(saved):
 
 
 def test_numbers_of_equal_value_do_not_differ(saved):
-    load_routers(saved, _other(), json.loads(json.dumps(BELONGS_TO)) | {"tasks": ("cats", "dogs")})
+    load_trained(saved, router_state(_other()), json.loads(json.dumps(BELONGS_TO)) | {"tasks": ("cats", "dogs")})
 
 
 def test_routers_of_other_shapes_are_refused(saved):
@@ -195,7 +195,7 @@ def test_a_failure_while_writing_leaves_the_old_checkpoint(saved, monkeypatch, e
 
     monkeypatch.setattr(sealed, "save_file", half)
     with pytest.raises(FusionMergeError, match=r"routers\.ckpt.*No space left"):
-        save_routers(saved, _other(), BELONGS_TO)
+        save_trained(saved, router_state(_other()), BELONGS_TO)
     assert saved.read_bytes() == before
     assert os.listdir(saved.parent) == [saved.name]  # noqa: PTH208
 
@@ -203,11 +203,11 @@ def test_a_failure_while_writing_leaves_the_old_checkpoint(saved, monkeypatch, e
 def test_a_place_that_cannot_be_written_to_is_an_error(tmp_path, model):
     (tmp_path / "file").write_text("")
     with pytest.raises(FusionMergeError, match="cannot write"):
-        save_routers(tmp_path / "file" / "routers.ckpt", model, BELONGS_TO)
+        save_trained(tmp_path / "file" / "routers.ckpt", router_state(model), BELONGS_TO)
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, model, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    save_routers("~/routers.ckpt", model, BELONGS_TO)
-    load_routers("~/routers.ckpt", _other(), BELONGS_TO)
+    save_trained("~/routers.ckpt", router_state(model), BELONGS_TO)
+    load_trained("~/routers.ckpt", router_state(_other()), BELONGS_TO)
     assert (tmp_path / "routers.ckpt").is_file()
