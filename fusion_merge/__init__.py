@@ -12,9 +12,13 @@ if TYPE_CHECKING:
     from fusion_merge.methods.clip_finetune import CLIPFinetuneAlgorithm
     from fusion_merge.methods.dummy import DummyAlgorithm
     from fusion_merge.methods.e_wemoe import EWEMoEAlgorithm
+    from fusion_merge.methods.layer_wise_adamerging import LayerWiseAdaMergingAlgorithm
     from fusion_merge.methods.rankone_moe import RankOneMoEAlgorithm
     from fusion_merge.methods.simple_average import SimpleAverageAlgorithm
+    from fusion_merge.methods.simple_ensemble import SimpleEnsembleAlgorithm
+    from fusion_merge.methods.smile import SmileAlgorithm
     from fusion_merge.methods.task_arithmetic import TaskArithmeticAlgorithm
+    from fusion_merge.methods.task_wise_adamerging import TaskWiseAdaMergingAlgorithm
     from fusion_merge.methods.wemoe import WEMoEAlgorithm
     from fusion_merge.models.merged import MergedCLIPVisionConfig, MergedCLIPVisionModel
     from fusion_merge.moe import set_routing
@@ -31,11 +35,15 @@ _HOMES = {
     "DummyAlgorithm": "methods.dummy",
     "DummyTaskPool": "pools.task_pool",
     "EWEMoEAlgorithm": "methods.e_wemoe",
+    "LayerWiseAdaMergingAlgorithm": "methods.layer_wise_adamerging",
     "MergedCLIPVisionConfig": "models.merged",
     "MergedCLIPVisionModel": "models.merged",
     "RankOneMoEAlgorithm": "methods.rankone_moe",
     "SimpleAverageAlgorithm": "methods.simple_average",
+    "SimpleEnsembleAlgorithm": "methods.simple_ensemble",
+    "SmileAlgorithm": "methods.smile",
     "TaskArithmeticAlgorithm": "methods.task_arithmetic",
+    "TaskWiseAdaMergingAlgorithm": "methods.task_wise_adamerging",
     "WEMoEAlgorithm": "methods.wemoe",
     "get_method": "registry",
     "list_methods": "registry",
@@ -50,11 +58,15 @@ __all__ = [
     "DummyAlgorithm",
     "DummyTaskPool",
     "EWEMoEAlgorithm",
+    "LayerWiseAdaMergingAlgorithm",
     "MergedCLIPVisionConfig",
     "MergedCLIPVisionModel",
     "RankOneMoEAlgorithm",
     "SimpleAverageAlgorithm",
+    "SimpleEnsembleAlgorithm",
+    "SmileAlgorithm",
     "TaskArithmeticAlgorithm",
+    "TaskWiseAdaMergingAlgorithm",
     "WEMoEAlgorithm",
     "__version__",
     "get_method",

@@ -151,6 +151,11 @@ class FusionProgram:
                 f"`merged_model_save_path`={folder!r}: `{self.method.method_name}` makes one model a task, "
                 "not a merged one; its own `output` says where they go"
             )
+        if folder and not self.method.makes_tower:
+            raise ConfigError(
+                f"`merged_model_save_path`={folder!r}: `{self.method.method_name}` makes no vision tower that could be "
+                "saved as one; leave it out"
+            )
         if folder:
             check_writable(folder, "merged_model_save_path", kind="folder")
 
@@ -348,13 +353,14 @@ class FusionProgram:
         plot = find_spec("matplotlib") is not None
         if not plot:
             log.info("no pictures without matplotlib: pip install 'fusion_merge[plot]'")
-        if isinstance(model, MergedCLIPVisionModel) and isinstance(self.taskpool, CLIPVisionModelTaskPool):
-            weights = routing_weights(model, self.taskpool, placement=placement_of(fabric))
+        routed = model if isinstance(model, MergedCLIPVisionModel) and model.config.moe else None
+        if routed is not None and isinstance(self.taskpool, CLIPVisionModelTaskPool):
+            weights = routing_weights(routed, self.taskpool, placement=placement_of(fabric))
             report["run"]["routing"] = {name: w.tolist() for name, w in weights.items()}
             if plot:
                 steps = f" after {record.steps} steps" if record is not None else ""
                 title = f"{self.method.method_name}{steps}"
-                routing_picture(self.output_dir / "routing.png", weights, model.config.tasks, title=title)
+                routing_picture(self.output_dir / "routing.png", weights, routed.config.tasks, title=title)
                 pictures.append("routing.png")
         if plot and record is not None and record.steps > 1:
             loss_curve(self.output_dir / "loss.png", record.entropy)

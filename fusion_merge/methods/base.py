@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
+from transformers import CLIPVisionConfig
 
 from fusion_merge import registry
 from fusion_merge.errors import ConfigError, nearest
@@ -30,6 +31,8 @@ class Method(ABC):
     method_name: ClassVar[str]
     min_models: ClassVar[int] = 2
     makes_one_model: ClassVar[bool] = True
+    makes_tower: ClassVar[bool] = True
+    """Whether that model is one vision tower, which can be saved as such."""
     trains: ClassVar[bool] = False
     routed: ClassVar[bool] = False
 
@@ -79,6 +82,18 @@ class Method(ABC):
         Raises:
             FusionMergeError: if the pool does not fit.
         """
+
+    def skeleton(self, config: CLIPVisionConfig, num_tasks: int) -> nn.Module | None:
+        """Return the model that `run` would give on the meta device, its shapes alone; None for a plain tower.
+
+        Args:
+            config: the tower's configuration.
+            num_tasks: N, at least 1.
+
+        Raises:
+            ConfigError: if the options do not fit that tower or number of tasks.
+        """
+        return None
 
     def on_run_end(self) -> None:  # noqa: B027 (most methods keep nothing)
         """Let go of what was kept in case the run would not come to its end; the program calls it when it has."""

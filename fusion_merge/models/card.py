@@ -48,9 +48,8 @@ def model_card(
     )
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {name}",
-        "A CLIP vision tower that fusion_merge made: everything outside the MLPs is merged, each MLP is a routed "
-        "mixture of experts. It is called like `transformers.CLIPVisionModel`; heads are made from class names by the "
-        "base model.",
+        "A CLIP vision tower that fusion_merge made: some of its layers are routed mixtures of experts. It is called "
+        "like `transformers.CLIPVisionModel`; heads are made from class names by the base model.",
         _USE,
         "## Models",
         tabulate([["base", base_model], *models.items()], headers=["task", "model"], tablefmt="github"),

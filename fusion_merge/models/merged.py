@@ -1,4 +1,4 @@
-"""The merged model: a CLIP vision tower whose MLPs are routed, self-contained on disk."""
+"""The merged model: a CLIP vision tower whose MLPs, or linear layers, are routed, self-contained on disk."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fusion_merge.models.merged_config import check_seal
 from fusion_merge.models.merged_files import read_exactly, write_description, write_model
 from fusion_merge.models.sources import find_files
 from fusion_merge.moe.layer import MoELinear, empty_moe_mlp, moe_layers, record_coefficients, router_parameters
+from fusion_merge.moe.projection import empty_projection, find_linears, projection_layers
 from fusion_merge.moe.router import LayerEncodedRouter, Router
 from fusion_merge.moe.upcycle import find_mlps
 from fusion_merge.sealed import checksum
@@ -29,7 +30,7 @@ _PASSED_ALONG = ("adapter_kwargs", "trust_remote_code", "safe_serialization", "s
 
 
 class MergedCLIPVisionModel(PreTrainedModel):
-    """A CLIP vision tower with routed MLPs, called like `transformers.CLIPVisionModel`.
+    """A CLIP vision tower with routed MLPs or linear layers, called like `transformers.CLIPVisionModel`.
 
     `save_pretrained` writes everything (base, experts, routers) and `from_pretrained` reads it back bit for bit,
     without the pool it was made from. Only routers require gradients.
@@ -78,18 +79,21 @@ class MergedCLIPVisionModel(PreTrainedModel):
         """Wrap an upcycled tower.
 
         Args:
-            tower: the tower, its MLPs routed; it becomes part of the result.
+            tower: the tower, its MLPs or linear layers routed; it becomes part of the result.
             tasks: the tasks that were merged, in the order of their experts.
             method: the name of the method.
             method_options: its options, as plain values.
             base_model: where the pretrained model came from.
             models: where each task's fine-tuned model came from.
         """
-        layers = moe_layers(vision_backbone(tower))
+        backbone = vision_backbone(tower)
+        linears = projection_layers(backbone)
+        layers = {} if linears else moe_layers(backbone)
         routers = {id(_inner(layer.router)) for layer in layers.values()}
         config = MergedCLIPVisionConfig(
             vision_config=plain_config(module_config(tower)),
             moe={name: layer.spec() for name, layer in layers.items()},
+            linears={name: layer.spec() for name, layer in linears.items()},
             shared_router=len(routers) == 1 and len(layers) > 1,
             tasks=tasks,
             method=method,
@@ -170,6 +174,10 @@ class MergedCLIPVisionModel(PreTrainedModel):
         return tower.to(self.device, self.dtype).requires_grad_(False).eval()  # type: ignore[arg-type]
 
     def _index(self, task: str) -> int:
+        if self.config.linears:
+            raise ModelError(
+                f"experts of `{self.config.method}` are chosen for each token: no plain tower does the same for a task"
+            )
         if task not in self.config.tasks:
             raise ModelError(f"`{task}` was not merged; {nearest(task, self.config.tasks)}")
         return int(self.config.tasks.index(task))
@@ -201,7 +209,7 @@ class MergedCLIPVisionModel(PreTrainedModel):
         }
         _refuse_unknown(kwargs, f"{type(self).__name__}.save_pretrained")
         folder = Path(save_directory).expanduser()
-        for name, layer in moe_layers(self.vision_model).items():
+        for name, layer in moe_layers(self.vision_model).items() if self.config.moe else ():
             self.config.moe[name] = layer.spec()  # the routing may have been changed
         state = {name: t.detach().to("cpu").contiguous() for name, t in self.own_state().items()}
         self.config.architectures = [type(self).__name__]
@@ -313,6 +321,11 @@ def _refuse_unknown(options: dict[str, Any], where: str) -> None:
 def _install_empty_layers(tower: nn.Module, config: MergedCLIPVisionConfig) -> None:
     backbone = vision_backbone(tower)
     mlps = find_mlps(backbone) if config.moe else {}
+    plain = find_linears(backbone) if config.linears else {}
+    for name, spec in config.linears.items():
+        if name not in plain:
+            raise CheckpointError(f"the configuration routes `{name}`, which is not a linear layer of the vision tower")
+        backbone.set_submodule(name, empty_projection(spec, plain[name]))
     shared: Router | None = None
     for name, spec in config.moe.items():
         if name not in mlps:

@@ -21,6 +21,7 @@ class MergedCLIPVisionConfig(PretrainedConfig):
     Args:
         vision_config: the configuration of the CLIP vision tower, as plain values.
         moe: for each routed MLP, by name, what `MoEMLP.spec` returned.
+        linears: for each linear layer with experts of its own, by name, what `ProjectionMoELinear.spec` returned.
         shared_router: whether all routed MLPs share one router.
         tasks: the tasks that were merged, in the order of their experts.
         method: the name of the method.
@@ -41,6 +42,7 @@ class MergedCLIPVisionConfig(PretrainedConfig):
         self,
         vision_config: dict[str, Any] | None = None,
         moe: dict[str, dict[str, Any]] | None = None,
+        linears: dict[str, dict[str, Any]] | None = None,
         shared_router: bool = False,
         tasks: list[str] | None = None,
         method: str = "",
@@ -56,6 +58,7 @@ class MergedCLIPVisionConfig(PretrainedConfig):
     ) -> None:
         self.vision_config = dict(vision_config or {"model_type": "clip_vision_model"})
         self.moe = dict(moe or {})
+        self.linears = dict(linears or {})
         self.shared_router = shared_router
         self.tasks = list(tasks or [])
         self.method = method

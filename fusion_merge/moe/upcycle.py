@@ -5,21 +5,19 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fusion_merge.errors import ConfigError, ModelError
-from fusion_merge.moe.experts import Experts, TaskVector
+from fusion_merge.moe.experts import Experts
 from fusion_merge.moe.layer import MoELinear, MoEMLP, Routing, mlp_parts
 from fusion_merge.moe.router import Router
 from fusion_merge.moe.selection import Selection
-from fusion_merge.task_vectors import State, difference
+from fusion_merge.moe.vectors import PARTS, LayerTaskVectors, TaskVector
+from fusion_merge.task_vectors import State
 
 log = logging.getLogger(__name__)
-
-_PARTS = ("weight", "bias")
 
 EXPERT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What expert banks can be stored in."""
@@ -99,7 +97,7 @@ def upcycle_mlps(
     def make_bank(path: str, linear: nn.Linear) -> Experts:
         _load_pretrained(linear, pretrained, path)
 
-        vectors = _TaskVectors(pretrained, finetuned, path)
+        vectors = LayerTaskVectors(pretrained, finetuned, path)
         bank = make_experts(path, vectors)
         for index in vectors.zero:
             unchanged[names[index]] += 1
@@ -175,7 +173,7 @@ def stored(experts: Experts, dtype: str, path: str) -> Experts:
 def _load_pretrained(linear: nn.Linear, pretrained: State, path: str) -> None:
     if linear.bias is None:
         raise ModelError(f"`{path}` has no bias; only linear layers with a bias can be upcycled")
-    for part in _PARTS:
+    for part in PARTS:
         getattr(linear, part).data.copy_(pretrained[f"{path}.{part}"])
 
 
@@ -201,47 +199,3 @@ def _tell_unchanged(unchanged: Mapping[str, int], layers: int) -> None:
                 count,
                 layers,
             )
-
-
-class _TaskVectors(Sequence[TaskVector]):
-    """The task vectors of one linear layer, each formed when it is asked for, so that one is in memory at a time.
-
-    A state that has `pretrained`, which is the very one here, and `factors`, which gives a weight's task vector as a
-    product of thin matrices, is asked for these.
-    """
-
-    def __init__(self, pretrained: State, finetuned: Sequence[State], path: str) -> None:
-        self._before = {part: pretrained[f"{path}.{part}"] for part in _PARTS}
-        self._pretrained, self._finetuned, self._path = pretrained, finetuned, path
-        self.zero: set[int] = set()
-        """Which of those that were asked for are zero throughout."""
-
-    def __len__(self) -> int:
-        return len(self._finetuned)
-
-    @overload
-    def __getitem__(self, index: int) -> TaskVector: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[TaskVector]: ...
-
-    def __getitem__(self, index: int | slice) -> TaskVector | Sequence[TaskVector]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        state = self._finetuned[index]
-        factors = self._factors(state)
-        dense = _PARTS if factors is None else _PARTS[1:]
-        before = {part: self._before[part] for part in dense}
-        parts = difference({part: state[f"{self._path}.{part}"] for part in dense}, before)
-        weight = factors[0] @ factors[1] if factors is not None else parts["weight"]  # (O, I)
-        vector = TaskVector(weight, parts["bias"], factors)
-        if not (vector.weight.any() or vector.bias.any()):
-            self.zero.add(index)
-        return vector
-
-    def _factors(self, state: State) -> tuple[Tensor, Tensor] | None:
-        factors = getattr(state, "factors", None)
-        if factors is None or getattr(state, "pretrained", None) is not self._pretrained:
-            return None
-        found: tuple[Tensor, Tensor] | None = factors(f"{self._path}.weight")
-        return found

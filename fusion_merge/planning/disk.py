@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusion_merge.adaptation.checkpoint import called
+from fusion_merge.methods.adapted_base import AdaptedMethod
 from fusion_merge.methods.clip_finetune import CLIPFinetuneAlgorithm
-from fusion_merge.methods.moe_base import MoEMethod
 from fusion_merge.planning.geometry import FLOAT
 from fusion_merge.planning.load import Parts
 from fusion_merge.planning.machine import disk_of, free_disk
@@ -51,9 +52,10 @@ def writings(parts: Parts, load: Load, config: Mapping[str, Any], output_dir: Pa
     found = [_writing("reports and logs", output_dir, runs * _REPORTS)]
     if folder := config.get("merged_model_save_path"):
         found.append(_writing("merged model", folder, runs * (load.model.bytes + _HEADERS)))
-    if isinstance(method, MoEMethod):
+    if isinstance(method, AdaptedMethod):
         if method.save_checkpoint:
-            found.append(_writing("router checkpoint", method.save_checkpoint, runs * router_checkpoint(load)))
+            what = called(method.adapted_part)
+            found.append(_writing(what, method.save_checkpoint, runs * router_checkpoint(load)))
         adapts = load.training is not None and method.max_steps > 0
         if adapts and method.cache_dir is not None and not method.fast_dev_run:
             kept = 4 if method.optimizer != "sgd" else 2

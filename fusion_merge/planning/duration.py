@@ -74,7 +74,7 @@ def times(load: Load, speed: Speed, *, steps: int, workers: int, processes: int 
         )
         if load.baselines:
             cached = {name: Images(0, 0, 0) if i.cached else i for name, i in load.scored.items()}  # decoded by then
-            plain = _scoring(load, speed) + _decoded(cached, speed) / max(1, workers)
+            plain = _scoring(load, speed, 1.0) + _decoded(cached, speed) / max(1, workers)
             found["baselines"] = len(load.baselines) * plain / processes
         if load.model.kind is not None:
             found["pictures"] = _looked_at(load, load.scored, _PICTURED, speed)
@@ -106,7 +106,8 @@ def step_time(tower: Geometry, model: ModelSize, training: Training, speed: Spee
     images, tasks = training.batch_size, training.batches
     forward = forward_time(tower, speed, images)
     if training.whole:
-        return forward * (1 + 2 * _BACK) + 10 * FLOAT * tower.numbers / speed.traffic
+        merging = (3 * training.vectors + (10 if not training.vectors else 6)) * FLOAT * tower.numbers / speed.traffic
+        return tasks * (forward * (1 + 2 * _BACK) + merging)
     one = forward * (1 + _BACK) + _routed(tower, model, images, training.batch_routing, speed, backward=True)
     return tasks * one + 10 * model.router_bytes / speed.traffic
 
@@ -150,10 +151,10 @@ def building_time(load: Load, speed: Speed) -> float:
     return reading + linears * products / speed.products
 
 
-def _scoring(load: Load, speed: Speed) -> float:
+def _scoring(load: Load, speed: Speed, passes: float) -> float:
     batches = [(i.used // load.evaluation_batch, i.used % load.evaluation_batch) for i in load.scored.values()]
     whole = sum(n for n, _ in batches) * forward_time(load.tower, speed, load.evaluation_batch)
-    return whole + sum(forward_time(load.tower, speed, rest) for _, rest in batches if rest)
+    return passes * (whole + sum(forward_time(load.tower, speed, rest) for _, rest in batches if rest))
 
 
 def _evaluation(load: Load, speed: Speed, workers: int, *, routed: bool) -> float:
@@ -164,7 +165,7 @@ def _evaluation(load: Load, speed: Speed, workers: int, *, routed: bool) -> floa
     if routed and images:
         batch = max(1, min(load.evaluation_batch, max(i.used for i in load.scored.values())))
         added = images / batch * _routed(load.tower, load.model, batch, load.batch_routing, speed, backward=False)
-    return _scoring(load, speed) + added + read
+    return _scoring(load, speed, load.model.passes) + added + read
 
 
 def _looked_at(load: Load, images: dict[str, Images], most: int, speed: Speed) -> float:

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
-from fusion_merge.methods.moe_base import MoEMethod
+from fusion_merge.methods.base import Method
 from fusion_merge.models.clip import expected_shapes
+from fusion_merge.models.ensemble import TowerEnsemble
 from fusion_merge.models.merged import MergedCLIPVisionModel
 from fusion_merge.moe import moe_layers
 from fusion_merge.moe.layer import router_parameters
+from fusion_merge.moe.projection import projection_layers
 from fusion_merge.pools.task_pool import model_info
 
 FLOAT = 4
@@ -122,6 +125,7 @@ class ModelSize:
         kind: of the banks: dense, sparse, low_rank; None for a plain tower.
         coefficients: K, of one layer.
         router_widths: for each layer, the numbers that its router keeps of one token for the backward pass.
+        passes: what a forward pass multiplies beside a plain tower's, where it is no routed MLP that adds to it.
     """
 
     parameters: int
@@ -132,6 +136,7 @@ class ModelSize:
     kind: str | None = None
     coefficients: int = 0
     router_widths: tuple[int, ...] = ()
+    passes: float = 1.0
 
 
 def plain_size(geometry: Geometry) -> ModelSize:
@@ -143,7 +148,7 @@ def plain_size(geometry: Geometry) -> ModelSize:
     return ModelSize(geometry.numbers, 0, 0, FLOAT * geometry.numbers)
 
 
-def routed_size(method: MoEMethod, config: CLIPVisionConfig, num_tasks: int) -> ModelSize:
+def model_size(method: Method, config: CLIPVisionConfig, num_tasks: int) -> ModelSize:
     """Return the size of the model that a method makes, from its skeleton.
 
     Args:
@@ -154,8 +159,18 @@ def routed_size(method: MoEMethod, config: CLIPVisionConfig, num_tasks: int) -> 
     Raises:
         ConfigError: if the options do not fit that tower or number of tasks.
     """
-    model: MergedCLIPVisionModel = method.skeleton(config, num_tasks)
+    model = method.skeleton(config, num_tasks)
+    if model is None:
+        return plain_size(vision_geometry(config))
     info = model_info(model)
+    if not isinstance(model, MergedCLIPVisionModel) or not model.config.moe:
+        return ModelSize(
+            parameters=int(info["all_params"]),
+            trainable=int(info["trainable_params"]),
+            experts=0,
+            bytes=FLOAT * int(info["all_params"]),
+            passes=_passes(model),
+        )
     layers = moe_layers(model.vision_model).values()
     first = next(iter(layers))
     banks = [linear.experts for layer in layers for linear in (layer.fc1, layer.fc2)]
@@ -177,3 +192,14 @@ def _kept_by_router(spec: Mapping[str, Any]) -> int:
         inner = spec["shared"]
         return int(inner.get("width", 0)) + _kept_by_router(inner)
     return int(spec.get("hidden", 0))
+
+
+def _passes(model: nn.Module) -> float:
+    """Return the multiplications of a pass through all linear layers, beside those of the plain ones."""
+    if isinstance(model, TowerEnsemble):
+        return float(len(model.towers))
+    plain = added = 0
+    for layer in projection_layers(model).values():
+        plain += layer.base.weight.numel()
+        added += layer.gate.numel() + layer.top_k * (layer.left[0].numel() + layer.right[0].numel())
+    return 1.0 + added / max(1, plain)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from fusion_merge.errors import FusionMergeError
+from fusion_merge.methods.adamerging_base import AdaMergingMethod
 from fusion_merge.methods.base import Method
 from fusion_merge.methods.clip_finetune import CLIPFinetuneAlgorithm
 from fusion_merge.methods.moe_base import MoEMethod
-from fusion_merge.planning.geometry import FLOAT, Geometry, plain_size, routed_size, text_geometry, vision_geometry
+from fusion_merge.planning.geometry import FLOAT, Geometry, model_size, plain_size, text_geometry, vision_geometry
 from fusion_merge.planning.machine import resident_now
 from fusion_merge.planning.memory import Images, Load, Training
 from fusion_merge.planning.problems import Problems
@@ -61,8 +62,8 @@ def make_load(parts: Parts, config: Mapping[str, Any], problems: Problems) -> Lo
     base = resident_now()
     tower = vision_geometry(modelpool.config())
     size = plain_size(tower)
-    if isinstance(method, MoEMethod) and modelpool.model_names:
-        size = routed_size(method, modelpool.config(), len(modelpool.model_names))
+    if modelpool.model_names:
+        size = model_size(method, modelpool.config(), len(modelpool.model_names))
     names = taskpool.task_names if taskpool is not None else []
     adapted = _images(parts.pools, tower)
     scored = _images({name: taskpool for name in names if taskpool is not None}, tower)
@@ -92,6 +93,7 @@ def make_load(parts: Parts, config: Mapping[str, Any], problems: Problems) -> Lo
         saves=bool(config.get("merged_model_save_path")),
         gpu=parts.device.type == "cuda",
         mapped=_mapped(modelpool),
+        held=_held(method, tower, len(modelpool.model_names)),
     )
 
 
@@ -121,6 +123,9 @@ def _images(pools: Mapping[str, CLIPVisionModelTaskPool], tower: Geometry) -> di
 def _training(method: Method, tasks: int) -> Training | None:
     if isinstance(method, CLIPFinetuneAlgorithm):
         return Training(method.batch_size, state=3, whole=True)
+    if isinstance(method, AdaMergingMethod):
+        alive = 1 if method.use_grad_accumulate else tasks
+        return Training(method.batch_size, tasks=alive, batches=tasks, state=1 + alive, whole=True, vectors=tasks)
     if not isinstance(method, MoEMethod):
         return None
     return Training(
@@ -130,6 +135,11 @@ def _training(method: Method, tasks: int) -> Training | None:
         batch_routing=method.batch_reduce,
         state=2 if method.optimizer == "sgd" else 4,
     )
+
+
+def _held(method: Method, tower: Geometry, num_models: int) -> int:
+    """Return the bytes that an adaptation holds beside the model: all task vectors, and the pretrained tower."""
+    return FLOAT * tower.numbers * (num_models + 1) if isinstance(method, AdaMergingMethod) else 0
 
 
 def _routings(method: Method, config: Mapping[str, Any]) -> set[str]:

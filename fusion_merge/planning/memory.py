@@ -66,6 +66,7 @@ class Training:
         batch_routing: whether a batch shares one merged weight.
         state: tensors that the optimiser keeps of each trained one, its gradient and its earlier value included.
         whole: whether the whole tower is trained, not routers alone.
+        vectors: task vectors that are merged anew in each pass; 0 where none are.
     """
 
     batch_size: int
@@ -74,6 +75,7 @@ class Training:
     batch_routing: bool = True
     state: int = 4
     whole: bool = False
+    vectors: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Load:
         saves: whether the model is saved.
         gpu: whether a GPU computes.
         mapped: bytes of torch files, which are mapped and stay so.
+        held: bytes that building and adapting hold beside the model.
     """
 
     tower: Geometry
@@ -119,6 +122,7 @@ class Load:
     saves: bool = False
     gpu: bool = False
     mapped: int = 0
+    held: int = 0
 
 
 @dataclass
@@ -152,7 +156,8 @@ def memory_phases(load: Load) -> list[Phase]:
     Args:
         load: what memory depends on.
     """
-    phases = [_phase(load, "building", {}, {"one layer's task vectors": building(load)}, on_host=True)]
+    making = {"one layer's task vectors": building(load), "task vectors": load.held}
+    phases = [_phase(load, "building", {}, making, on_host=True)]
     heads = {"CLIP model for the heads": FLOAT * load.clip.numbers} if load.clip else {}
     if heads:
         phases.append(_phase(load, "making heads", heads | _cached(load, load.adapted), {"prompts": prompts(load)}))
@@ -160,7 +165,7 @@ def memory_phases(load: Load) -> list[Phase]:
     if load.training is not None:
         working = _training(load, load.training)
         phases.append(_phase(load, "adapting", heads | _cached(load, load.adapted), working))
-        freed = 0 if load.gpu else int(_KEPT * sum(working.values()))
+        freed = 0 if load.gpu else int(_KEPT * (sum(working.values()) - load.held))
     left = _left(load)
     if load.saves:
         more = heads | _cached(load, load.adapted) | {"copies while saving": _copies(load)}
@@ -206,6 +211,7 @@ def _training(load: Load, training: Training) -> dict[str, int]:
         "activations": kept + at_hand(load.tower, training),
         "gaps between them": int(_GAPS * kept) if wide < _LARGE and not load.gpu else 0,
         "gradients and optimiser": training.state * trained,
+        "task vectors": load.held,
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from fusion_merge.errors import FusionMergeError
+from fusion_merge.methods.adapted_base import AdaptedMethod
 from fusion_merge.methods.base import Method
 from fusion_merge.methods.clip_finetune import CLIPFinetuneAlgorithm
 from fusion_merge.methods.moe_base import MoEMethod
@@ -87,7 +88,7 @@ def pools_of(
         with problems.noted():
             pool = modelpool.task_pool("train")
             pools = dict.fromkeys(pool.task_names, pool)
-    elif isinstance(method, MoEMethod) and method.max_steps > 0 and not method.checkpoint:
+    elif isinstance(method, AdaptedMethod) and method.max_steps > 0 and not method.checkpoint:
         for name in modelpool.model_names:
             with problems.noted():
                 pools |= method.adaptation_pools(modelpool, taskpool, [name])

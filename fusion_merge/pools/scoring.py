@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from fusion_merge.errors import DataError, ModelError
 from fusion_merge.models.clip import pooled_output
+from fusion_merge.models.ensemble import combined_logits
 from fusion_merge.pools.loaders import Placement
 
 
@@ -84,8 +85,8 @@ def count(
     for pixels, labels in batches:
         labels = labels.to(device)
         with placement.autocast():
-            pooled = pooled_output(tower(pixels.to(device, dtype)))  # (B, D)
-        logits = head(pooled.float()).float()  # (B, C); the head in full precision, as in adaptation
+            pooled = pooled_output(tower(pixels.to(device, dtype)))  # (B, D), or (N, B, D) of an ensemble
+        logits = combined_logits(tower, head(pooled.float()).float())  # (B, C); in full precision, as in adaptation
         accuracy.update(logits.argmax(dim=-1), labels)
         loss.update(F.cross_entropy(logits, labels, reduction="none"))
         scored.update(len(labels))

@@ -25,6 +25,7 @@ from fusion_merge import (
     list_methods,
 )
 from fusion_merge.errors import CheckpointError, ConfigError, ModelError
+from fusion_merge.methods.adapted_base import AdaptedMethod
 from fusion_merge.methods.base import Method
 from fusion_merge.methods.moe_base import MoEMethod
 from fusion_merge.models.clip import save_tower
@@ -33,19 +34,21 @@ from fusion_merge.moe.layer import router_parameters
 from fusion_merge.registry import object_from_config
 
 METHODS = list_methods()
+ADAPTED = [name for name in METHODS if issubclass(get_method(name), AdaptedMethod)]
 ROUTED = [name for name in METHODS if issubclass(get_method(name), MoEMethod)]
 OPTIONS = [(name, field.name) for name in METHODS for field in dataclasses.fields(get_method(name)) if field.init]
 
 QUICK = {"max_steps": 2, "batch_size": 4, "num_workers": 0}
 """Given to every method that has such options."""
 
-SMALL: dict[str, dict[str, Any]] = {"rankone_moe": {"rank_k": 4}}
+SMALL: dict[str, dict[str, Any]] = {"rankone_moe": {"rank_k": 4}, "smile": {"k": 4, "gate_k": 2}}
 """What a method needs besides, to fit towers that are 16 wide."""
 
-PRESETS_MAY_DIFFER = {"clip_finetune": {"output"}} | {name: {"cache_dir"} for name in ROUTED}
+PRESETS_MAY_DIFFER = {"clip_finetune": {"output"}} | {name: {"cache_dir"} for name in ADAPTED}
 """Options whose default on the command line is another than in Python, by method."""
 
 every_method = pytest.mark.parametrize("name", METHODS)
+every_adapted_method = pytest.mark.parametrize("name", ADAPTED)
 every_routed_method = pytest.mark.parametrize("name", ROUTED)
 
 
@@ -203,7 +206,7 @@ def test_class_is_final_and_documented(name):
     assert len(inspect.cleandoc(cls.__doc__ or "").splitlines()[0]) > 10
 
 
-# Methods with routers
+# Methods that adapt, with routers or without
 
 
 def adapted(name: str, **options: Any) -> Method:
@@ -224,7 +227,7 @@ def test_another_seed_gives_other_routers(name, modelpool):
     assert all(".router." in key or key == "task_coefficients" for key in differing)
 
 
-@every_routed_method
+@every_adapted_method
 def test_checkpoint_gives_the_adapted_model_without_any_images(name, pool_dir, modelpool, tmp_path):
     model = adapted(name, save_checkpoint=str(tmp_path / "routers.ckpt")).run(modelpool)
     method = quick(name, checkpoint=str(tmp_path / "routers.ckpt"))
@@ -240,7 +243,7 @@ def test_checkpoint_holds_the_routers_alone(name, modelpool, tmp_path):
     assert (tmp_path / "routers.ckpt").stat().st_size < routers + 10_000
 
 
-@every_routed_method
+@every_adapted_method
 def test_checkpoint_of_another_pool_is_refused(name, pool_dir, modelpool, tmp_path):
     quick(name, save_checkpoint=str(tmp_path / "routers.ckpt")).run(modelpool)
     other = pool_with(pool_dir, {"cats": random_tower(5), "dogs": str(pool_dir / "dogs")})
@@ -248,7 +251,7 @@ def test_checkpoint_of_another_pool_is_refused(name, pool_dir, modelpool, tmp_pa
         quick(name, checkpoint=str(tmp_path / "routers.ckpt")).run(other)
 
 
-@every_routed_method
+@every_adapted_method
 def test_checkpoint_of_other_tasks_is_refused(name, pool_dir, modelpool, tmp_path):
     quick(name, save_checkpoint=str(tmp_path / "routers.ckpt")).run(modelpool)
     swapped = pool_with(pool_dir, {task: str(pool_dir / task) for task in reversed(TASKS)})
@@ -263,14 +266,14 @@ def test_checkpoint_of_other_options_is_refused(name, modelpool, tmp_path):
         quick(name, router_hidden_layers=2, checkpoint=str(tmp_path / "routers.ckpt")).run(modelpool)
 
 
-@every_routed_method
+@every_adapted_method
 @pytest.mark.parametrize("option", ["checkpoint", "save_checkpoint"])
 def test_checkpoint_without_a_path_is_refused(name, option):
     with pytest.raises(ConfigError, match=f"`{option}`=True"):
         quick(name, **{option: True})
 
 
-@every_routed_method
+@every_adapted_method
 def test_missing_checkpoint_is_named(name, modelpool, tmp_path):
     with pytest.raises(CheckpointError, match=r"no_such\.ckpt.* does not exist"):
         quick(name, checkpoint=str(tmp_path / "no_such.ckpt")).run(modelpool)
@@ -306,7 +309,7 @@ def test_routing_during_adaptation_matters(name, modelpool):
     assert any(not torch.equal(by_batch[key], by_sample[key]) for key in by_batch)
 
 
-@every_routed_method
+@every_adapted_method
 def test_fast_dev_run_takes_one_step(name, modelpool):
     method = quick(name, max_steps=5, fast_dev_run=True)
     method.run(modelpool)
@@ -326,13 +329,13 @@ def test_no_steps_need_no_images(name, pool_dir, images):
     assert output(model, images).isfinite().all()
 
 
-@every_routed_method
+@every_adapted_method
 def test_adaptation_without_images_is_refused(name, pool_dir):
     with pytest.raises(ConfigError, match="`test_datasets`"):
         quick(name).run(module_pool(pool_dir, test_datasets=None))
 
 
-@every_routed_method
+@every_adapted_method
 def test_images_come_from_the_task_pool_if_the_model_pool_has_none(name, pool_dir, modelpool, taskpool):
     assert_same_bits(
         tensors_of(quick(name).run(module_pool(pool_dir, test_datasets=None), taskpool)),
@@ -340,7 +343,7 @@ def test_images_come_from_the_task_pool_if_the_model_pool_has_none(name, pool_di
     )
 
 
-@every_routed_method
+@every_adapted_method
 def test_a_task_pool_borrows_the_pretrained_model_for_its_heads(name, pool_dir, modelpool):
     tasks = CLIPVisionModelTaskPool({task: str(pool_dir / "images" / task) for task in TASKS})
     assert_same_bits(
@@ -391,14 +394,14 @@ def test_only_routers_require_gradients(name, modelpool):
     assert all(p.requires_grad == (".router." in key) for key, p in model.named_parameters())
 
 
-@every_routed_method
+@every_adapted_method
 def test_gradient_accumulation_changes_nothing_but_memory(name, modelpool):
     together, one_by_one = (tensors_of(quick(name, use_grad_accumulate=a).run(modelpool)) for a in (False, True))
     for key, tensor in together.items():
         torch.testing.assert_close(one_by_one[key], tensor, rtol=1e-4, atol=1e-5)
 
 
-@every_routed_method
+@every_adapted_method
 def test_adaptation_lowers_the_entropy(name, modelpool):
     method = quick(name, lr=0.01, max_steps=20, batch_size=6)
     method.run(modelpool)
