@@ -135,7 +135,9 @@ def _docstring(cls: type) -> str:
 
 def _fields(cls: type) -> Iterator[Option]:
     hints = _hints(cls)
-    for field in dataclasses.fields(cls):
+    declared = [vars(parent).get("__annotations__", {}) for parent in cls.__mro__]  # its own first, then its parents'
+    order = {name: index for index, names in reversed(list(enumerate(declared))) for name in names} | {"name": -1}
+    for field in sorted(dataclasses.fields(cls), key=lambda field: order[field.name]):
         if not field.init:
             continue
         default = field.default

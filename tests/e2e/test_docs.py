@@ -110,8 +110,13 @@ def test_links_between_pages_lead_somewhere(page):
         assert (PAGES[page].parent / link).exists(), link
 
 
-@pytest.mark.parametrize("method", ["rankone_moe", "wemoe", "e_wemoe"])
-def test_page_of_a_method_explains_its_options_as_they_are(method):
-    text = (ROOT / "docs" / "methods" / f"{method}.md").read_text("utf-8")
-    (table,) = re.findall(rf"<!-- options: {method} -->\n(.*?)<!-- end -->", text, flags=re.DOTALL)
+TABLES = [
+    (page, *found)
+    for page, file in PAGES.items()
+    for found in re.findall(r"<!-- options: (\w+) -->\n(.*?)<!-- end -->", file.read_text("utf-8"), flags=re.DOTALL)
+]
+
+
+@pytest.mark.parametrize(("method", "table"), [entry[1:] for entry in TABLES], ids=[entry[1] for entry in TABLES])
+def test_page_of_a_method_explains_its_options_as_they_are(method, table):
     assert table.strip() == options_table(registry.get_method(method)).strip()

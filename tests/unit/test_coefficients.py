@@ -137,7 +137,7 @@ def test_task_wise_moves_all_tensors_of_a_task_alike(modelpool):
 
 def test_a_checkpoint_of_the_other_kind_is_refused(modelpool, tmp_path):
     TaskWiseAdaMergingAlgorithm(**QUICK, save_checkpoint=str(tmp_path / "c")).run(modelpool)
-    with pytest.raises(CheckpointError, match="coefficient checkpoint .* does not fit: `method`"):
+    with pytest.raises(CheckpointError, match=r"coefficient checkpoint .* does not fit: `method`"):
         LayerWiseAdaMergingAlgorithm(checkpoint=str(tmp_path / "c")).run(modelpool)
 
 

@@ -13,7 +13,14 @@ from helpers import TASKS
 from runs import Finished, files_in, own_pool, random_tower, run_cli
 from transformers import CLIPVisionConfig
 
-from fusion_merge import EWEMoEAlgorithm, MergedCLIPVisionModel, RankOneMoEAlgorithm, WEMoEAlgorithm
+from fusion_merge import (
+    EWEMoEAlgorithm,
+    MergedCLIPVisionModel,
+    RankOneMoEAlgorithm,
+    SimpleEnsembleAlgorithm,
+    SmileAlgorithm,
+    WEMoEAlgorithm,
+)
 from fusion_merge.methods.moe_base import MoEMethod
 from fusion_merge.models.clip import empty_tower, pooled_output, save_tower, vision_backbone
 from fusion_merge.models.sources import LazyState
@@ -21,7 +28,7 @@ from fusion_merge.moe import Routing, route_mlps
 from fusion_merge.moe.experts import empty_experts
 from fusion_merge.planning import machine, plan
 from fusion_merge.planning.duration import times
-from fusion_merge.planning.geometry import FLOAT, ModelSize, routed_size, vision_geometry
+from fusion_merge.planning.geometry import FLOAT, ModelSize, model_size, vision_geometry
 from fusion_merge.planning.machine import Speed, available_memory, free_disk, resident_now
 from fusion_merge.planning.memory import Images, Load, Training, kept_for_backward, memory_phases
 from fusion_merge.planning.text import duration, size
@@ -82,6 +89,41 @@ def test_sizes_are_those_of_the_model_that_is_built(pool_dir, modelpool, tmp_pat
     assert abs(sum(t.nbytes for t in built.own_state().values()) - model["bytes"]) <= 5 * slack
     assert f"{model['trainable']:,}" in done.out
     assert "no problems: the run can start" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method"),
+    [
+        (["method=smile", "method.k=4", "method.gate_k=2"], SmileAlgorithm(k=4, gate_k=2)),
+        (["method=smile", "method.k=-1", "method.gate_k=-1"], SmileAlgorithm(k=-1, gate_k=-1)),
+        (["method=simple_ensemble"], SimpleEnsembleAlgorithm()),
+    ],
+    ids=["smile", "full_rank", "ensemble"],
+)
+@pytest.mark.usefixtures("nothing_is_read")
+def test_sizes_of_what_is_not_adapted_are_known_too(pool_dir, modelpool, tmp_path, arguments, method, monkeypatch):
+    _, values = planned(pool_dir, tmp_path, *arguments)
+    monkeypatch.undo()
+    built = method.run(modelpool)
+    assert values["can_start"]
+    assert values["model"]["parameters"] == model_info(built)["all_params"]
+    assert values["model"]["bytes"] == sum(p.nbytes for p in built.parameters())
+    assert "adapting" not in values["phases"]
+
+
+@pytest.mark.parametrize("kind", ["task", "layer"])
+@pytest.mark.usefixtures("nothing_is_read")
+def test_adamerging_is_planned_with_all_task_vectors_in_memory(pool_dir, tmp_path, kind):
+    _, values = planned(pool_dir, tmp_path, f"method={kind}_wise_adamerging", *SMALL)
+    assert values["can_start"]
+    tower = FLOAT * values["model"]["parameters"]
+    assert values["phases"]["adapting"]["host"]["task vectors"] == (len(TASKS) + 1) * tower
+    assert values["tasks"]["cats"]["adapted"] == 12
+
+
+def test_ranks_that_no_layer_has_are_among_the_problems(pool_dir, tmp_path):
+    _, values = planned(pool_dir, tmp_path, "method=smile")
+    assert any("`k`=32 is not in 1-16" in problem for problem in values["problems"])
 
 
 @pytest.mark.usefixtures("nothing_is_read")
@@ -334,7 +376,7 @@ def cases() -> Iterator[Any]:
 def test_activations_are_those_that_are_kept(method, activation):
     config = tower_config(hidden_act=activation)
     expected = kept_for_backward(
-        vision_geometry(config), routed_size(method, config, 4), Training(8, batch_routing=method.batch_reduce)
+        vision_geometry(config), model_size(method, config, 4), Training(8, batch_routing=method.batch_reduce)
     )
     assert really_kept(random_model(method, config, 4), 8) == pytest.approx(expected, rel=0.06)
 
@@ -344,7 +386,7 @@ def load_of(method: MoEMethod, config: CLIPVisionConfig, tasks: int = 4, **chang
     training = Training(
         method.batch_size, 1 if method.use_grad_accumulate else tasks, tasks, batch_routing=method.batch_reduce
     )
-    load = Load(vision_geometry(config), routed_size(method, config, tasks), tasks, base=10**8, training=training)
+    load = Load(vision_geometry(config), model_size(method, config, tasks), tasks, base=10**8, training=training)
     more = {"adapted": images, "scored": images, "evaluation_batch": 32, "baselines": ("zero_shot", "task_arithmetic")}
     return dataclasses.replace(load, **(more | changes))
 

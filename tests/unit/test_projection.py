@@ -191,8 +191,14 @@ def test_the_skeleton_has_the_shapes_of_the_model(modelpool):
     assert all(parameter.is_meta for parameter in bare.parameters())
 
 
-@pytest.mark.parametrize(("options", "match"), [({"k": 17}, "`k`=17 is not in 1-16"), ({"gate_k": 0}, "`gate_k`=0"),
-                                                ({"top_k": 3}, "`top_k`=3 is above the number of experts, 2")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"k": 17}, "`k`=17 is not in 1-16"),
+        ({"gate_k": 0}, "`gate_k`=0"),
+        ({"top_k": 3}, "`top_k`=3 is above the number of experts, 2"),
+    ],
+)
 def test_ranks_that_no_layer_has_are_refused(options, match, modelpool):
     with pytest.raises(ConfigError, match=match):
         smile(**options).run(modelpool)
