@@ -10,15 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fusion_merge.methods.clip_finetune import CLIPFinetuneAlgorithm
+    from fusion_merge.methods.dare import DareAlgorithm
     from fusion_merge.methods.dummy import DummyAlgorithm
     from fusion_merge.methods.e_wemoe import EWEMoEAlgorithm
+    from fusion_merge.methods.iso_c import IsoCAlgorithm
+    from fusion_merge.methods.iso_cts import IsoCTSAlgorithm
     from fusion_merge.methods.layer_wise_adamerging import LayerWiseAdaMergingAlgorithm
     from fusion_merge.methods.rankone_moe import RankOneMoEAlgorithm
+    from fusion_merge.methods.regmean import RegMeanAlgorithm
     from fusion_merge.methods.simple_average import SimpleAverageAlgorithm
     from fusion_merge.methods.simple_ensemble import SimpleEnsembleAlgorithm
     from fusion_merge.methods.smile import SmileAlgorithm
     from fusion_merge.methods.task_arithmetic import TaskArithmeticAlgorithm
     from fusion_merge.methods.task_wise_adamerging import TaskWiseAdaMergingAlgorithm
+    from fusion_merge.methods.ties_merging import TiesMergingAlgorithm
+    from fusion_merge.methods.tsv_m import TSVMAlgorithm
     from fusion_merge.methods.wemoe import WEMoEAlgorithm
     from fusion_merge.models.merged import MergedCLIPVisionConfig, MergedCLIPVisionModel
     from fusion_merge.moe import set_routing
@@ -32,18 +38,24 @@ _HOMES = {
     "CLIPFinetuneAlgorithm": "methods.clip_finetune",
     "CLIPVisionModelPool": "pools.model_pool",
     "CLIPVisionModelTaskPool": "pools.task_pool",
+    "DareAlgorithm": "methods.dare",
     "DummyAlgorithm": "methods.dummy",
     "DummyTaskPool": "pools.task_pool",
     "EWEMoEAlgorithm": "methods.e_wemoe",
+    "IsoCAlgorithm": "methods.iso_c",
+    "IsoCTSAlgorithm": "methods.iso_cts",
     "LayerWiseAdaMergingAlgorithm": "methods.layer_wise_adamerging",
     "MergedCLIPVisionConfig": "models.merged",
     "MergedCLIPVisionModel": "models.merged",
     "RankOneMoEAlgorithm": "methods.rankone_moe",
+    "RegMeanAlgorithm": "methods.regmean",
     "SimpleAverageAlgorithm": "methods.simple_average",
     "SimpleEnsembleAlgorithm": "methods.simple_ensemble",
     "SmileAlgorithm": "methods.smile",
+    "TSVMAlgorithm": "methods.tsv_m",
     "TaskArithmeticAlgorithm": "methods.task_arithmetic",
     "TaskWiseAdaMergingAlgorithm": "methods.task_wise_adamerging",
+    "TiesMergingAlgorithm": "methods.ties_merging",
     "WEMoEAlgorithm": "methods.wemoe",
     "get_method": "registry",
     "list_methods": "registry",
@@ -55,18 +67,24 @@ __all__ = [
     "CLIPFinetuneAlgorithm",
     "CLIPVisionModelPool",
     "CLIPVisionModelTaskPool",
+    "DareAlgorithm",
     "DummyAlgorithm",
     "DummyTaskPool",
     "EWEMoEAlgorithm",
+    "IsoCAlgorithm",
+    "IsoCTSAlgorithm",
     "LayerWiseAdaMergingAlgorithm",
     "MergedCLIPVisionConfig",
     "MergedCLIPVisionModel",
     "RankOneMoEAlgorithm",
+    "RegMeanAlgorithm",
     "SimpleAverageAlgorithm",
     "SimpleEnsembleAlgorithm",
     "SmileAlgorithm",
+    "TSVMAlgorithm",
     "TaskArithmeticAlgorithm",
     "TaskWiseAdaMergingAlgorithm",
+    "TiesMergingAlgorithm",
     "WEMoEAlgorithm",
     "__version__",
     "get_method",

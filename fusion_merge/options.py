@@ -63,7 +63,8 @@ def check_options(instance: Any) -> None:
         if not field.init:
             continue
         value = getattr(instance, field.name)
-        kinds = _kinds(hints[field.name])
+        hint = hints[field.name]
+        kinds = _kinds(hint)
         if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
             raise ConfigError(
                 f"`{field.name}` of {type(instance).__name__} is a number of {value.bit_length()} bits; "
@@ -72,22 +73,41 @@ def check_options(instance: Any) -> None:
         if float in kinds and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
             setattr(instance, field.name, value)
+        if isinstance(value, list) and list[float] in _parts(hint):
+            value = [float(item) if type(item) is int and abs(item) <= LARGEST else item for item in value]
+            setattr(instance, field.name, value)
         where = f"`{field.name}`={value!r} of {type(instance).__name__}"
-        if type(value) not in kinds:
-            raise ConfigError(f"{where} is not of type {' or '.join(_word(k) for k in kinds)}")
-        if isinstance(value, float) and not math.isfinite(value):
+        if not any(_fits(value, part) for part in _parts(hint)):
+            raise ConfigError(f"{where} is not of type {' or '.join(_word(part) for part in _parts(hint))}")
+        if not all(math.isfinite(v) for v in (value if isinstance(value, list) else [value]) if isinstance(v, float)):
             raise ConfigError(f"{where} is not a finite number")
         _check_range(where, value, field.metadata)
 
 
-def _kinds(hint: Any) -> tuple[type, ...]:
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """Return what a value may be one of."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return tuple(kind for part in typing.get_args(hint) for kind in _kinds(part))
-    return (typing.get_origin(hint) or hint,)
+        return tuple(part for each in typing.get_args(hint) for part in _parts(each))
+    return (hint,)
 
 
-def _word(kind: type) -> str:
-    return "null" if kind is types.NoneType else kind.__name__
+def _kinds(hint: Any) -> tuple[type, ...]:
+    return tuple(typing.get_origin(part) or part for part in _parts(hint))
+
+
+def _fits(value: Any, part: Any) -> bool:
+    """Tell whether a value is of a type; of a list, also whether its items are of theirs."""
+    if type(value) is not (typing.get_origin(part) or part):
+        return False
+    items = typing.get_args(part)
+    return not (isinstance(value, list) and items) or all(type(item) is items[0] for item in value)
+
+
+def _word(part: Any) -> str:
+    if typing.get_origin(part) is list and typing.get_args(part):
+        return f"list of {typing.get_args(part)[0].__name__}"
+    kind = typing.get_origin(part) or part
+    return "null" if kind is types.NoneType else str(kind.__name__)
 
 
 def _check_range(where: str, value: Any, limits: typing.Mapping[str, Any]) -> None:

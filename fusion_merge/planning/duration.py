@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fusion_merge.planning.geometry import FLOAT, Geometry, ModelSize
 from fusion_merge.planning.machine import Speed
-from fusion_merge.planning.memory import Images, Load, Training, merges
+from fusion_merge.planning.memory import Images, Load, Static, Training, gram_numbers, merges
 
 _PICTURED = 128
 """Images of each task whose routing is drawn."""
@@ -140,6 +140,8 @@ def building_time(load: Load, speed: Speed) -> float:
     """
     tower, model = load.tower, load.model
     reading = (load.num_models + 1) * tower.numbers * FLOAT / _READING
+    if load.static is not None:
+        return _static_time(load, load.static, reading, speed)
     linears, (short, long) = 2 * tower.layers * load.num_models, sorted((tower.width, tower.hidden))
     if model.kind == "sparse":
         return reading + linears * tower.matrix * _SORTING
@@ -149,6 +151,20 @@ def building_time(load: Load, speed: Speed) -> float:
     iterated = short >= 256 and 8 * rank <= short
     products = _DECOMPOSING * tower.matrix * 2 * rank if iterated else _WHOLE * long * short**2 / 8
     return reading + linears * products / speed.products
+
+
+def _static_time(load: Load, static: Static, reading: float, speed: Speed) -> float:
+    """Return the time of a static merge: passes over all models, decompositions of all matrices, and a regression."""
+    tower = load.tower
+    (short, long), square = sorted((tower.width, tower.hidden)), tower.width**3
+    decomposed = tower.layers * (4 * square + 2 * long * short**2) * _WHOLE / 8
+    found = static.readings * reading + static.decompositions * decomposed / speed.products
+    for images in load.adapted.values() if static.images else ():
+        looked = min(static.images, images.count)
+        products = looked * tower.tokens * 2 * gram_numbers(tower)  # in double precision, each as long as two
+        read = images.count if images.cached else looked
+        found += forward_time(tower, speed, looked) + products / speed.products + read * speed.decoding
+    return found
 
 
 def _scoring(load: Load, speed: Speed, passes: float) -> float:

@@ -13,9 +13,11 @@ from fusion_merge.methods.adamerging_base import AdaMergingMethod
 from fusion_merge.methods.base import Method
 from fusion_merge.methods.clip_finetune import CLIPFinetuneAlgorithm
 from fusion_merge.methods.moe_base import MoEMethod
+from fusion_merge.methods.regmean import RegMeanAlgorithm
+from fusion_merge.methods.static_base import StaticMethod
 from fusion_merge.planning.geometry import FLOAT, Geometry, model_size, plain_size, text_geometry, vision_geometry
 from fusion_merge.planning.machine import resident_now
-from fusion_merge.planning.memory import Images, Load, Training
+from fusion_merge.planning.memory import Images, Load, Static, Training
 from fusion_merge.planning.problems import Problems
 from fusion_merge.pools.heads import prompts_of
 from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
@@ -85,6 +87,7 @@ def make_load(parts: Parts, config: Mapping[str, Any], problems: Problems) -> Lo
         adapted=adapted,
         scored=scored,
         training=_training(method, len(adapted)) if adapted else None,
+        static=_static(method, len(modelpool.model_names)),
         evaluation_batch=taskpool.batch_size if taskpool is not None and scored else 0,
         scorings=len(routings),
         batch_routing="batch" in routings,
@@ -140,6 +143,15 @@ def _training(method: Method, tasks: int) -> Training | None:
 def _held(method: Method, tower: Geometry, num_models: int) -> int:
     """Return the bytes that an adaptation holds beside the model: all task vectors, and the pretrained tower."""
     return FLOAT * tower.numbers * (num_models + 1) if isinstance(method, AdaMergingMethod) else 0
+
+
+def _static(method: Method, tasks: int) -> Static | None:
+    if not isinstance(method, StaticMethod):
+        return None
+    decompositions = method.decompositions(tasks)
+    if isinstance(method, RegMeanAlgorithm):
+        return Static(method.readings, decompositions, method.num_regmean_examples, method.loading["batch_size"])
+    return Static(method.readings, decompositions)
 
 
 def _routings(method: Method, config: Mapping[str, Any]) -> set[str]:

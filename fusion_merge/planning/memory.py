@@ -30,6 +30,9 @@ _GAPS = 0.2
 _KEPT = 0.95
 """What of smaller blocks stays in the process when they are freed."""
 
+_COPIES = 4
+"""Copies of all models' task vectors of one tensor that a static merge works with, at most."""
+
 _BESIDE_FREED = 0.25
 """What of a later phase does not fit into what was freed."""
 
@@ -79,6 +82,23 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Static:
+    """What a static method does that is more than one pass over all tensors.
+
+    Attributes:
+        readings: how often each model is read.
+        decompositions: of each matrix, whole ones.
+        images: of each task that its model looks at, for Gram matrices of the inputs of linear layers.
+        batch_size: images at a time.
+    """
+
+    readings: int = 1
+    decompositions: int = 0
+    images: int = 0
+    batch_size: int = 1
+
+
+@dataclass(frozen=True)
 class Load:
     """What memory depends on.
 
@@ -93,6 +113,7 @@ class Load:
         adapted: images that are trained on, by task.
         scored: images that are scored on, by task.
         training: how something is trained, if it is.
+        static: what else is done to build the model, if it is a static one.
         evaluation_batch: images a batch; 0 without evaluation.
         scorings: how often the model is scored, under one routing after the other.
         batch_routing: whether a batch shares one merged weight in evaluation.
@@ -114,6 +135,7 @@ class Load:
     adapted: dict[str, Images] = field(default_factory=dict)
     scored: dict[str, Images] = field(default_factory=dict)
     training: Training | None = None
+    static: Static | None = None
     evaluation_batch: int = 0
     scorings: int = 1
     batch_routing: bool = False
@@ -156,8 +178,9 @@ def memory_phases(load: Load) -> list[Phase]:
     Args:
         load: what memory depends on.
     """
+    seen = _cached(load, load.adapted) | {"Gram matrices": grams(load)} if load.static is not None else {}
     making = {"one layer's task vectors": building(load), "task vectors": load.held}
-    phases = [_phase(load, "building", {}, making, on_host=True)]
+    phases = [_phase(load, "building", seen, making, on_host=True)]
     heads = {"CLIP model for the heads": FLOAT * load.clip.numbers} if load.clip else {}
     if heads:
         phases.append(_phase(load, "making heads", heads | _cached(load, load.adapted), {"prompts": prompts(load)}))
@@ -235,9 +258,35 @@ def building(load: Load) -> int:
         return one + 2 * FLOAT * stack + stack + 5 * 8 * kept  # laid out in blocks; places are whole numbers of 8 bytes
     if load.model.kind == "low_rank":
         return 2 * one
+    if load.static is not None:
+        working = _COPIES * FLOAT * stack
+        return working + (FLOAT * load.tower.numbers if load.static.images else 0)  # the model that looks at images
     if load.model.kind is None:
         return FLOAT * load.tower.numbers  # the merged state, of which the tower is a copy
     return one + (FLOAT * stack if load.number < FLOAT else 0)
+
+
+def grams(load: Load) -> int:
+    """Return what a regression keeps for all layers: sums of Gram matrices and products, and one model's matrices.
+
+    Args:
+        load: what memory depends on.
+    """
+    if load.static is None or not load.static.images:
+        return 0
+    tower = load.tower
+    one = gram_numbers(tower)
+    products = tower.layers * (4 * tower.width**2 + 2 * tower.matrix)
+    return 2 * FLOAT * (2 * one + products)  # in double precision
+
+
+def gram_numbers(tower: Geometry) -> int:
+    """Return the numbers in the Gram matrices of one model: queries, keys and values share one.
+
+    Args:
+        tower: the shape.
+    """
+    return tower.layers * (3 * tower.width**2 + tower.hidden**2)
 
 
 def kept_for_backward(tower: Geometry, model: ModelSize, training: Training) -> int:

@@ -10,6 +10,8 @@ from fusion_merge.methods.adapted_base import AdaptedMethod
 from fusion_merge.methods.base import Method
 from fusion_merge.methods.clip_finetune import CLIPFinetuneAlgorithm
 from fusion_merge.methods.moe_base import MoEMethod
+from fusion_merge.methods.regmean import RegMeanAlgorithm
+from fusion_merge.methods.static_base import StaticMethod
 from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 
@@ -53,6 +55,9 @@ def check_models(problems: Problems, modelpool: CLIPVisionModelPool, method: Met
     if isinstance(method, MoEMethod):
         with problems.noted():
             method.check_shapes(modelpool.config(), len(modelpool.model_names))
+    if isinstance(method, StaticMethod):
+        with problems.noted():
+            method.check_fit(modelpool)
 
 
 def check_tasks(problems: Problems, taskpool: CLIPVisionModelTaskPool, names: Sequence[str] | None = None) -> None:
@@ -75,7 +80,7 @@ def check_tasks(problems: Problems, taskpool: CLIPVisionModelTaskPool, names: Se
 def pools_of(
     problems: Problems, method: Method, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None
 ) -> dict[str, CLIPVisionModelTaskPool]:
-    """Return, for each task that the method trains on, the pool of its images; note what is wrong with them.
+    """Return, for each task whose images the method looks at, the pool of them; note what is wrong with them.
 
     Args:
         problems: where to.
@@ -88,7 +93,9 @@ def pools_of(
         with problems.noted():
             pool = modelpool.task_pool("train")
             pools = dict.fromkeys(pool.task_names, pool)
-    elif isinstance(method, AdaptedMethod) and method.max_steps > 0 and not method.checkpoint:
+    elif isinstance(method, RegMeanAlgorithm) or (
+        isinstance(method, AdaptedMethod) and method.max_steps > 0 and not method.checkpoint
+    ):
         for name in modelpool.model_names:
             with problems.noted():
                 pools |= method.adaptation_pools(modelpool, taskpool, [name])

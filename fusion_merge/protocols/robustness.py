@@ -37,7 +37,7 @@ class RobustnessProtocol(Protocol):
     Source: Yang et al., "AdaMerging", ICLR 2024, and Tang et al., "WEMoE", ICML 2024: four tasks, seven corruptions.
     """
 
-    corruptions: list[str] | None = option(None, help="which; null takes all seven")  # noqa: RUF009
+    corruptions: list[str] | None = option(None, help="which; null takes all seven")
     clean: bool = option(True, help="also the images as they are")
     severity: int = option(SEVERITY, help="from weak to strong", minimum=1, maximum=5)
     constants: str = option("cifar-c", help="what a severity is", choices=tuple(CONSTANTS))

@@ -190,6 +190,8 @@ def _type(hint: Any) -> str:
         return "null"
     if isinstance(plain, type) and issubclass(plain, Mapping):
         return "table"
+    if plain is list and typing.get_args(hint):
+        return f"list of {_type(typing.get_args(hint)[0])}"
     return str(getattr(plain, "__name__", plain))
 
 

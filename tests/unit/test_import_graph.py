@@ -17,7 +17,7 @@ LAYERS = (
     ("sealed", "processes"),
     "commits",
     "task_vectors",
-    "moe",
+    ("merging", "moe"),
     "models",
     "pools",
     "adaptation",
@@ -103,7 +103,7 @@ def test_lightning_is_known_to_adaptation_and_the_program_alone():
 
 
 def test_mathematics_knows_of_torch_alone():
-    others = {part_of(name) for name in FILES} - {"moe", "task_vectors"}
+    others = {part_of(name) for name in FILES} - {"merging", "moe", "task_vectors"}
     heavy = ("transformers", "hydra", "omegaconf", "lightning_fabric", "datasets", "huggingface_hub", "safetensors")
     assert imports_of(*heavy, beside=others) == []
 

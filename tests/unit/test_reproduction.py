@@ -57,8 +57,9 @@ def composed(*overrides: str) -> dict[str, Any]:
 def test_every_published_row_is_here():
     sizes = ("b32", "b16", "l14")
     names = ("zero_shot", "fine_tuned", "simple_average", "task_arithmetic", "wemoe", "e_wemoe_90", "e_wemoe_99")
-    names = (*names, "rankone_k32_all", "rankone_k32_select75", "rankone_k64_select75")
+    names = (*names, "rankone_k32_all", "rankone_k32_select75", "rankone_k64_select75", "ties_merging", "regmean")
     others = {"rankone_depth0_b32", "wemoe_b32_tall20", "rankone_k64_select75_b32_tall20"}
+    others |= {"tsv_m_b32", "iso_c_b32", "iso_cts_b32"}
     assert set(ROWS) == {f"{name}_{size}" for name in names for size in sizes} | others
 
 
@@ -116,6 +117,9 @@ def test_option_on_the_command_line_beats_a_published_one():
         ("rankone_k32_all_l14", {"rank_k": 32, "select_k": 256}),
         ("rankone_k64_select75_b32_tall20", {"rank_k": 64, "select_k": 960, "init_lambda": 0.1}),
         ("rankone_depth0_b32", {"router_hidden_layers": 0, "rank_k": 32, "select_k": 192}),
+        ("ties_merging_l14", {"scaling_factor": 0.3, "threshold": 20, "merge_func": "sum"}),
+        ("regmean_b16", {"num_regmean_examples": 256, "reduce_non_diagonal_ratio": 0.6, "tta_split": "train"}),
+        ("iso_cts_b32", {"scaling_factor": 1.0, "common_space_fraction": 0.8}),
     ],
 )
 def test_row_has_its_published_options(name, expected):
