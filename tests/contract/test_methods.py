@@ -42,7 +42,9 @@ QUICK = {"max_steps": 2, "batch_size": 4, "num_workers": 0}
 SMALL: dict[str, dict[str, Any]] = {"rankone_moe": {"rank_k": 4}}
 """What a method needs besides, to fit towers that are 16 wide."""
 
-PRESETS_MAY_DIFFER = {"clip_finetune": {"output"}, "regmean": {"dataloader_kwargs"}} | {name: {"cache_dir"} for name in ROUTED}
+PRESETS_MAY_DIFFER = {"clip_finetune": {"output"}, "regmean": {"dataloader_kwargs"}} | {
+    name: {"cache_dir"} for name in ROUTED
+}
 """Options whose default on the command line is another than in Python, by method."""
 
 every_method = pytest.mark.parametrize("name", METHODS)
