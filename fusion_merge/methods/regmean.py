@@ -25,7 +25,7 @@ from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
 from fusion_merge.pools.revisions import adapted_origins
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 from fusion_merge.registry import register_method
-from fusion_merge.task_vectors import State
+from fusion_merge.task_vectors import State, shapes_of
 
 _LOADING = ("batch_size", "num_workers")
 
@@ -107,7 +107,7 @@ class RegMeanAlgorithm(StaticMethod):
 
     def check_fit(self, modelpool: CLIPVisionModelPool) -> None:
         """See `StaticMethod.check_fit`: whether each expression matches a name."""
-        self._excluded(modelpool.state(PRETRAINED).keys())
+        self._excluded(shapes_of(modelpool.state(PRETRAINED)))
 
     def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
         """See `Method.check`: also the images."""
@@ -120,7 +120,7 @@ class RegMeanAlgorithm(StaticMethod):
     ) -> State:
         """See `StaticMethod.merge`: one model after the other looks at its images."""
         pretrained = modelpool.state(PRETRAINED)
-        excluded = self._excluded(pretrained.keys())
+        excluded = self._excluded(shapes_of(pretrained))
         layers = sorted(name.removesuffix(".weight") for name in linear_weights(modelpool.config()) - excluded)
         pools = self.adaptation_pools(modelpool, taskpool)
         regression = Regression(self.reduce_non_diagonal_ratio)

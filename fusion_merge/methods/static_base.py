@@ -16,7 +16,7 @@ from fusion_merge.models.tensor_names import listed_tensors
 from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 from fusion_merge.processes import together
-from fusion_merge.task_vectors import State
+from fusion_merge.task_vectors import State, shapes_of
 
 if TYPE_CHECKING:
     from fusion_merge.adaptation.runtime import Fabric
@@ -78,7 +78,7 @@ class StaticMethod(Method):
         Raises:
             ConfigError: if one is no tensor of the models.
         """
-        return listed_tensors(option, getattr(self, option), modelpool.state(PRETRAINED).keys())
+        return listed_tensors(option, getattr(self, option), shapes_of(modelpool.state(PRETRAINED)))
 
     def check_fit(self, modelpool: CLIPVisionModelPool) -> None:
         """Refuse models that the options do not fit, from file headers alone.

@@ -23,6 +23,7 @@ from fusion_merge import (
     RankOneMoEAlgorithm,
     SimpleAverageAlgorithm,
     TaskArithmeticAlgorithm,
+    TiesMergingAlgorithm,
     WEMoEAlgorithm,
 )
 from fusion_merge.errors import ConfigError, ModelError
@@ -480,6 +481,7 @@ METHODS = {
     "e_wemoe": lambda: EWEMoEAlgorithm(max_steps=0),
     "task_arithmetic": lambda: TaskArithmeticAlgorithm(),
     "simple_average": lambda: SimpleAverageAlgorithm(),
+    "ties_merging": lambda: TiesMergingAlgorithm(threshold=100),
 }
 
 

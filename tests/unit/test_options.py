@@ -21,6 +21,8 @@ class Recipe:
     flag: bool = option(False, help="a flag")
     path: str | None = option(None, help="a path")
     place: bool | str = option(False, help="a path, or false")
+    names: list[str] | None = option(None, help="names")
+    weight: float | list[float] = option(1.0, help="a weight, or several")
     state: list[int] = dataclasses.field(default_factory=list, init=False)
 
 
@@ -100,3 +102,32 @@ def test_option_keeps_its_help_and_its_role(shapes_model):
 
     (field,) = dataclasses.fields(One)
     assert (field.default, field.metadata["help"], field.metadata["shapes_model"]) == (1, "how wide", shapes_model)
+
+
+@pytest.mark.parametrize("names", [None, [], ["a", "b"]])
+def test_lists_of_names_are_accepted(names):
+    assert checked(names=names).names == names
+
+
+def test_whole_numbers_in_a_list_become_floats_and_the_list_that_was_given_stays():
+    given = [1, 0.5]
+    found = checked(weight=given).weight
+    assert (found, [type(value) for value in found], given) == ([1.0, 0.5], [float, float], [1, 0.5])
+    assert type(given[0]) is int
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"names": ["a", 1]}, r"`names`=\['a', 1\].* is not of type list of str or null"),
+        ({"names": "a"}, r"`names`='a'.* is not of type list of str or null"),
+        ({"names": ("a",)}, r"is not of type list of str or null"),
+        ({"weight": [True]}, r"`weight`=\[True\].* is not of type float or list of float"),
+        ({"weight": ["1"]}, r"is not of type float or list of float"),
+        ({"weight": [1.0, float("nan")]}, r"`weight`=.* is not a finite number"),
+        ({"weight": [10**400]}, r"is not of type float or list of float"),
+    ],
+)
+def test_lists_of_other_things_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        checked(**values)

@@ -21,16 +21,18 @@ from fusion_merge import (
     SmileAlgorithm,
     WEMoEAlgorithm,
 )
+from fusion_merge.merging.regression import Regression, input_grams
 from fusion_merge.methods.moe_base import MoEMethod
 from fusion_merge.models.clip import empty_tower, pooled_output, save_tower, vision_backbone
 from fusion_merge.models.sources import LazyState
+from fusion_merge.models.tensor_names import linear_weights
 from fusion_merge.moe import Routing, route_mlps
 from fusion_merge.moe.experts import empty_experts
 from fusion_merge.planning import machine, plan
 from fusion_merge.planning.duration import times
-from fusion_merge.planning.geometry import FLOAT, ModelSize, model_size, vision_geometry
+from fusion_merge.planning.geometry import FLOAT, ModelSize, model_size, plain_size, vision_geometry
 from fusion_merge.planning.machine import Speed, available_memory, free_disk, resident_now
-from fusion_merge.planning.memory import Images, Load, Training, kept_for_backward, memory_phases
+from fusion_merge.planning.memory import Images, Load, Static, Training, grams, kept_for_backward, memory_phases
 from fusion_merge.planning.text import duration, size
 from fusion_merge.pools.datasets import ImageTask
 from fusion_merge.pools.task_pool import model_info
@@ -148,13 +150,40 @@ def test_what_is_adapted_on_may_be_other_images(pool_dir, tmp_path):
 
 
 @pytest.mark.usefixtures("nothing_is_read")
-@pytest.mark.parametrize("method", ["task_arithmetic", "simple_average", "dummy"])
+@pytest.mark.parametrize(
+    "method",
+    ["task_arithmetic", "simple_average", "dummy", "ties_merging", "dare", "tsv_m", "iso_c", "iso_cts", "regmean"],
+)
 def test_static_methods_are_planned_without_training(pool_dir, tmp_path, method):
     _, values = planned(pool_dir, tmp_path, f"method={method}", "merged_model_save_path=merged")
     assert values["can_start"]
     assert "adapting" not in values["phases"]
     assert values["model"]["trainable"] == 0
     assert [w["what"] for w in values["writings"]] == ["reports and logs", "merged model"]
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+def test_regression_is_planned_with_the_images_that_it_looks_at(pool_dir, tmp_path):
+    _, values = planned(pool_dir, tmp_path, "method=regmean")
+    assert (values["tasks"]["dogs"]["adapted"], values["tasks"]["dogs"]["scored"]) == (18, 18)
+    assert "adapting" not in values["seconds"]
+    gone = tmp_path / "gone"
+    _, values = planned(pool_dir, tmp_path, "method=regmean", f"modelpool.test_datasets.dogs={gone}")
+    assert sum(str(gone) in problem for problem in values["problems"]) == 1
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["method=ties_merging", "method.remove_keys=[nothing]"], "`remove_keys` has 'nothing'"),
+        (["method=tsv_m", "method.alpha=[1,2,3]"], "`alpha` has 3 numbers for 2 models"),
+        (["method=regmean", "method.exclude_param_names_regex=[nothing]"], "which no name of a tensor begins with"),
+    ],
+)
+def test_options_that_do_not_fit_the_models_are_planned_as_problems(pool_dir, tmp_path, arguments, text):
+    _, values = planned(pool_dir, tmp_path, *arguments)
+    assert sum(text in problem for problem in values["problems"]) == 1
 
 
 @pytest.mark.usefixtures("nothing_is_read")
@@ -405,6 +434,44 @@ def test_more_of_anything_takes_more_memory(method):
     assert peak(load_of(method, tower_config(), evaluation_batch=512, scored={"a": Images(512, 12288, 512)})) > base
     both = [dataclasses.replace(method, use_grad_accumulate=flag) for flag in (True, False)]
     assert peak(load_of(both[0], tower_config())) < peak(load_of(both[1], tower_config()))
+
+
+def static_load(config: CLIPVisionConfig, static: Static | None, tasks: int = 4) -> Load:
+    images = {str(n): Images(100, 3 * 32 * 32 * FLOAT, 100) for n in range(tasks)}
+    tower = vision_geometry(config)
+    return Load(tower, plain_size(tower), tasks, base=10**8, static=static, adapted=images)
+
+
+def test_gram_matrices_are_those_that_a_regression_keeps(modelpool):
+    tower = vision_geometry(modelpool.config())
+    load = Load(tower, plain_size(tower), 2, base=0, static=Static(images=4))
+    layers = [name.removesuffix(".weight") for name in linear_weights(modelpool.config())]
+    backbone = vision_backbone(modelpool.load_model("cats"))
+    regression = Regression(0.9)
+    found = input_grams(backbone, layers, [torch.zeros(2, 3, 16, 16)])
+    regression.add(found, lambda layer: modelpool.state("cats")[f"{layer}.weight"])
+    kept = [*{id(gram): gram for gram in found.values()}.values(), *regression._grams.values()]
+    assert sum(t.nbytes for t in [*kept, *regression._products.values()]) == grams(load)
+
+
+def test_more_work_of_a_static_method_takes_more_memory_and_time():
+    config, speed = tower_config(), Speed(1e10, 1e10, 1e-3)
+    plain, wide = Static(), tower_config(intermediate_size=288)
+    building = {
+        label: (memory_phases(load)[0].host_bytes, times(load, speed, steps=0, workers=0)["building"])
+        for label, load in {
+            "plain": static_load(config, plain),
+            "wide": static_load(wide, plain),
+            "tasks": static_load(config, plain, tasks=8),
+            "read": static_load(config, Static(readings=3)),
+            "decomposed": static_load(config, Static(decompositions=6)),
+            "images": static_load(config, Static(images=64)),
+        }.items()
+    }
+    for label in ("wide", "tasks", "images"):
+        assert building[label][0] > building["plain"][0], label
+    for label in ("wide", "tasks", "read", "decomposed", "images"):
+        assert building[label][1] > building["plain"][1], label
 
 
 def test_on_a_gpu_the_model_is_there_once_it_is_built():
