@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,13 +15,14 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from fusion_merge.adaptation.runtime import Fabric, log_to, make_fabric, placement_of
+from fusion_merge.adaptation.runtime import Fabric, make_fabric, placement_of
 from fusion_merge.errors import ConfigError, FusionMergeError, reason
 from fusion_merge.files import check_writable, write_text
 from fusion_merge.models.task_models import TaskModels
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 from fusion_merge.processes import in_company, together
 from fusion_merge.program import FusionProgram, Report
+from fusion_merge.protocols.measuring import accuracies_of, kind_of, measured, weigh
 from fusion_merge.report.comparison import (
     Row,
     accuracies_table,
@@ -34,7 +33,7 @@ from fusion_merge.report.comparison import (
     written_comparison,
 )
 from fusion_merge.report.comparison_plot import comparison_picture
-from fusion_merge.report.costs import inference_cost, is_tower, sample_images, size_of
+from fusion_merge.report.costs import inference_cost, sample_images
 from fusion_merge.report.provenance import machine, versions
 
 log = logging.getLogger(__name__)
@@ -182,16 +181,17 @@ class Comparison:
         with together():
             model = pool.load_pretrained_model() if name == "zero_shot" else pool.fine_tuned_models()
         scores = self.taskpool.evaluate(model, placement=placement_of(fabric), tasks=tasks, label=f"scoring {name}")
-        row = Row(name=name, kind="baseline", accuracies=_accuracies(scores, tasks), cost=1.0)
+        row = Row(name=name, kind="baseline", accuracies=accuracies_of(scores, tasks), cost=1.0)
         with together():
-            self._weigh(row, model, None, fabric)
+            if fabric.is_global_zero:
+                weigh(row, model, self.output_dir)
         return row
 
     def _row(self, name: str, fabric: Fabric) -> Row:
         """Return what comes of a method; one that fails does not end the others."""
         if name in self.problems:
             log.warning("%s cannot run: %s", name, self.problems[name])
-            return Row(name=name, kind=self._kind(name, None), error=self.problems[name])
+            return Row(name=name, kind=kind_of(self.programs[name].method, None), error=self.problems[name])
         done = len(self.baselines) + list(self.programs).index(name)
         if fabric.is_global_zero:
             log.info("\n%s (%d of %d)", name, done + 1, len(self.baselines) + len(self.programs))
@@ -203,49 +203,16 @@ class Comparison:
             foreseen = isinstance(error, FusionMergeError)
             log.error("%s failed: %s", name, error, exc_info=not foreseen)
             message = str(error) if foreseen else reason(error)
-            return Row(name=name, kind=self._kind(name, None), error=message or type(error).__name__)
+            return Row(name=name, kind=kind_of(self.programs[name].method, None), error=message or type(error).__name__)
 
     def _measured(self, name: str, fabric: Fabric) -> Row:
         program = self.programs[name]
-        log_to(fabric, program.output_dir / "logs")
-        model = program.make(fabric)
-        report = program.report_on(model, fabric)
-        adaptation = report["run"]["adaptation"]
-        adapting = adaptation["seconds"] if adaptation else None
-        row = Row(
-            name=name,
-            kind=self._kind(name, model),
-            accuracies=_accuracies(report, self.taskpool.task_names),
-            build_seconds=max(program.seconds["method"] - (adapting or 0.0), 0.0),
-            adaptation_seconds=adapting,
-            options=program.method.options(),
-            note=_note(adaptation),
-        )
+        kept = self._kept / name.replace("/", "_") if self._kept is not None else None
+        row, model = measured(program, name, fabric, keep=kept)
         with together():
-            self._weigh(row, model, program, fabric)
             if fabric.is_global_zero:
                 row.cost = self._cost(model, fabric)
         return row
-
-    def _weigh(self, row: Row, model: nn.Module | TaskModels, program: FusionProgram | None, fabric: Fabric) -> None:
-        """Fill in how large a model is: it is saved, to stay if a place for it was named."""
-        if not fabric.is_global_zero:
-            return
-        kept = self._kept / row.name.replace("/", "_") if self._kept is not None and program is not None else None
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=self.output_dir, prefix=".saved_"))
-        try:
-            place = kept if kept is not None else temporary / "model"
-            about: dict[str, Any] = {"scores": row.accuracies, "command": self.command}
-            size = size_of(model, place, keep=kept is not None, **about)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        row.trainable, row.stored, row.megabytes, row.saved = size.trainable, size.stored, size.megabytes, size.saved
-
-    def _kind(self, name: str, model: nn.Module | TaskModels | None) -> str:
-        if self.programs[name].method.routed:
-            return "routed"
-        return "static" if model is None or (isinstance(model, nn.Module) and is_tower(model)) else "other"
 
     def _free(self, fabric: Fabric) -> None:
         gc.collect()
@@ -291,17 +258,3 @@ class Comparison:
         if interrupted:
             log.warning("interrupted: %d of %d rows", len(rows), len(self.baselines) + len(self.programs))
         log.info("\ncomparison in %s", self.output_dir / f"{_NAME}.md")
-
-
-def _accuracies(report: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, float]:
-    return {task: report[task]["accuracy"] for task in tasks if task in report}
-
-
-def _note(adaptation: Mapping[str, Any] | None) -> str | None:
-    """Return what a reader must know of an adaptation: that it was interrupted, or that tasks collapsed."""
-    if not adaptation:
-        return None
-    notes = [f"`{task}` collapsed to one class from step {step} on" for task, step in adaptation["collapsed"].items()]
-    if adaptation["interrupted"]:
-        notes.append(f"adaptation was interrupted after {adaptation['steps']} steps")
-    return "; ".join(notes) or None

@@ -87,6 +87,7 @@ def heatmap(
     limits: tuple[float, float],
     *,
     font: float = 8,
+    digits: int = 2,
 ) -> Any:
     """Draw a matrix in colours, with its values in the cells where there is room; return the image.
 
@@ -98,6 +99,7 @@ def heatmap(
         title: what it is of.
         limits: the lowest and the highest value of the scale.
         font: the size of names; that of values is one less.
+        digits: decimals of the values.
     """
     image = axis.imshow(values, cmap="cividis", aspect="auto", vmin=limits[0], vmax=limits[1])
     axis.set_title(title, fontsize=font + 1)
@@ -117,7 +119,7 @@ def heatmap(
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             colour = "black" if value > middle else "white"
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=font - 1)
+            axis.text(j, i, f"{value:.{digits}f}", ha="center", va="center", color=colour, fontsize=font - 1)
     return image
 
 
