@@ -250,7 +250,7 @@ class Analysis:
             draw(picture, found, experts, title=model.config.method)
             if self.name == "first_choice":
                 right = {t: float(found[t][:, experts.index(t)].mean()) for t in found if t in experts}
-                log.info("own expert first: %s", ", ".join(f"{t} {100 * s:.0f} %%" for t, s in right.items()))
+                log.info("own expert first: %s", ", ".join(f"{t} {100 * s:.0f} %" for t, s in right.items()))
         return self._write(lines, about, fabric)
 
     def _variation(self, fabric: Fabric) -> Path:

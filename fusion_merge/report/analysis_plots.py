@@ -86,7 +86,7 @@ def variation_picture(path: Path, found: Mapping[str, Mapping[tuple[int | None, 
             for curve in curves:
                 axis.plot(layers, curve, color=colour, alpha=0.35, linewidth=0.8, linestyle=line)
             mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
-            label = part if part != "rest" else "rest (layer norms)"
+            label = {"mlp": "MLP", "rest": "rest (layer norms)"}.get(part, part)
             axis.plot(layers, mean, color=colour, marker=marker, linestyle=line, linewidth=2.2, label=label)
     axes[0].set_ylabel("L2 distance to pretrained", fontsize=9)
     axes[1].set_ylabel("cosine similarity to pretrained", fontsize=9)
@@ -111,7 +111,7 @@ def magnitudes_picture(path: Path, found: Mapping[str, Magnitudes]) -> None:
         found: for each task, its histogram.
     """
     edges = bin_edges()
-    used = [i for m in found.values() for i, count in enumerate(m.counts) if count > 1e-5 * m.total]
+    used = [i for m in found.values() for i, count in enumerate(m.counts) if count > 1e-4 * m.total]
     figure, (axis,) = new_figure((_WIDTH, 4.0))
     for index, ((task, m), colour) in enumerate(zip(found.items(), colours(len(found)), strict=True)):
         shares = [100 * count / m.total for count in m.counts]

@@ -151,9 +151,9 @@ def test_tables_in_all_formats_say_the_same(compared):
 
 def test_the_picture_is_one(compared):
     cwd, _ = compared
-    picture = Image.open(cwd / "out" / "comparison.png")
-    assert picture.width >= 700
-    assert len(set(picture.convert("L").resize((200, 120)).tobytes())) > 20
+    with Image.open(cwd / "out" / "comparison.png") as picture:
+        assert picture.width >= 700
+        assert len(set(picture.convert("L").resize((200, 120)).tobytes())) > 20
     assert "(comparison.png)" in (cwd / "out" / "comparison.md").read_text()
 
 
