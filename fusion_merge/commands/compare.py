@@ -1,4 +1,4 @@
-"""`fusion_merge compare`: several methods, one model pool, one seed, one report."""
+"""`fusion_merge compare`: several methods on one model pool with one seed, in one report."""
 
 from __future__ import annotations
 

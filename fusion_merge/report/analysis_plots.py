@@ -17,6 +17,9 @@ from fusion_merge.report.parameters import PARTS, Magnitudes, Moved, bin_edges
 _WIDTH = 7.0
 """Inches; about 700 pixels in a README."""
 
+_NAMED = 8
+"""So many experts have their names below each of several matrices; more are numbered."""
+
 
 def layers_picture(path: Path, weights: Mapping[str, Tensor], experts: Sequence[str], *, title: str) -> None:
     """Draw the mean merging coefficients of each layer: one matrix task × expert a layer, on one scale of colours.
@@ -31,13 +34,21 @@ def layers_picture(path: Path, weights: Mapping[str, Tensor], experts: Sequence[
 
     tasks = list(weights)
     values = np.stack([weights[task].numpy() for task in tasks], axis=1)  # (L, tasks, N)
-    columns = min(len(values), 2 if len(experts) > 4 else 4)
+    few = len(values) <= 4  # the values can be read then
+    columns = min(len(values), 2 if few else 4 if len(experts) <= _NAMED else 3)
     rows = math.ceil(len(values) / columns)
-    height = 1.1 + rows * (0.6 + 0.24 * len(tasks))
+    height = 1.3 + rows * (0.5 + (0.24 if few else 0.17) * len(tasks))
     figure, axes = new_figure((_WIDTH, height), rows, columns, sharex=True, sharey=True)
     limits = min(0.0, float(values.min())), max(1.0, float(values.max()))
+    if len(experts) > _NAMED:  # names would not fit below one another's columns
+        numbers = {name: str(number) for number, name in enumerate(experts, start=1)}
+        tasks, experts = [f"{task}  {numbers.get(task, '')}".rstrip() for task in tasks], list(numbers.values())
     for axis, (layer, matrix) in zip(axes, enumerate(values), strict=False):
-        image = heatmap(axis, matrix, tasks, experts, f"layer {layer}", limits, font=8, digits=1)
+        image = heatmap(
+            axis, matrix, tasks, experts, f"layer {layer}", limits, font=8 if few else 7, digits=1 if few else None
+        )
+        if len(experts) > _NAMED:
+            axis.tick_params(axis="x", labelrotation=90)
     for axis in axes[len(values) :]:
         axis.set_visible(False)
     figure.supxlabel("expert", fontsize=9)

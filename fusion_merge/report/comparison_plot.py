@@ -31,10 +31,11 @@ def comparison_picture(path: Path, rows: Sequence[Row], tasks: Sequence[str]) ->
                 *zip(*points, strict=True),
                 linestyle="none",
                 marker=marker,
-                markersize=7,
+                markersize=7 if empty else 8.5,
                 color=colour,
                 markerfacecolor="white" if empty else colour,
-                markeredgewidth=1.5,
+                markeredgecolor=colour if empty else "white",  # tells points apart that lie on one another
+                markeredgewidth=1.5 if empty else 0.8,
                 label=_CALLED[kind],
             )
     axis.set_xscale("log")

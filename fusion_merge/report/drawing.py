@@ -87,7 +87,7 @@ def heatmap(
     limits: tuple[float, float],
     *,
     font: float = 8,
-    digits: int = 2,
+    digits: int | None = 2,
 ) -> Any:
     """Draw a matrix in colours, with its values in the cells where there is room; return the image.
 
@@ -99,7 +99,7 @@ def heatmap(
         title: what it is of.
         limits: the lowest and the highest value of the scale.
         font: the size of names; that of values is one less.
-        digits: decimals of the values.
+        digits: decimals of the values; None leaves them out.
     """
     image = axis.imshow(values, cmap="cividis", aspect="auto", vmin=limits[0], vmax=limits[1])
     axis.set_title(title, fontsize=font + 1)
@@ -113,13 +113,14 @@ def heatmap(
         fontsize=font,
     )
     axis.set_yticks(range(len(rows)), rows, fontsize=font)
-    if values.size > _MANY:
+    if values.size > _MANY or digits is None:
         return image
     middle = sum(limits) / 2
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             colour = "black" if value > middle else "white"
-            axis.text(j, i, f"{value:.{digits}f}", ha="center", va="center", color=colour, fontsize=font - 1)
+            shown = f"{round(float(value), digits) + 0.0:.{digits}f}"  # no -0.0
+            axis.text(j, i, shown, ha="center", va="center", color=colour, fontsize=font - 1)
     return image
 
 
@@ -149,7 +150,7 @@ def label_points(axis: Any, points: Sequence[tuple[float, float]], labels: Seque
             textcoords="offset pixels",
             fontsize=font,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": "0.4", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
         )
         box = text.get_window_extent(figure.canvas.get_renderer())
         width, height = box.width, box.height
