@@ -30,7 +30,7 @@ from fusion_merge.explanations import GROUPS, choices, explain, first_choice
 from fusion_merge.help import help_text
 from fusion_merge.options import LARGEST
 from fusion_merge.presets import method_presets, register_presets
-from fusion_merge.schema import BASELINES, FabricConfig, ProgramConfig, register_schema
+from fusion_merge.schema import BASELINES, AnalyseConfig, CompareConfig, FabricConfig, ProgramConfig, register_schema
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ _OPEN_TABLES = (
     "taskpool.base_model",
     "taskpool.processor",
     "taskpool.dataloader_kwargs",
+    "compare.options",
 )
 """Tables that users add names to: `taskpool.tasks.cats=…` and `taskpool.tasks={cats: …}` need no `+`."""
 
@@ -226,7 +227,8 @@ def _check_keys(config: dict[Any, Any], schema: type, path: str) -> None:
         if key not in config:
             raise ConfigError(f"`{path}{key}` was taken away; leave out `~{path}{key}`")
     if not path:
-        _check_keys(config["fabric"], FabricConfig, "fabric.")
+        for part, own in (("fabric", FabricConfig), ("compare", CompareConfig), ("analyse", AnalyseConfig)):
+            _check_keys(config[part], own, f"{part}.")
 
 
 def _check_places(config: dict[Any, Any]) -> None:

@@ -51,6 +51,11 @@ def chosen_preset(group: str) -> str:
     return str(choice)
 
 
+def given_overrides() -> list[str]:
+    """Return the overrides of the running command: options and presets, without Hydra's own."""
+    return [str(override) for override in HydraConfig.get().overrides.task]
+
+
 def composed(*overrides: str) -> dict[str, Any]:
     """Return the resolved configuration that a command line of nothing but these overrides would give.
 

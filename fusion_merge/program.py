@@ -188,6 +188,15 @@ class FusionProgram:
         Args:
             fabric: where to compute; its processes run, and its loggers are this run's.
         """
+        return self.report_on(self.make(fabric), fabric)
+
+    def make(self, fabric: Fabric) -> nn.Module | TaskModels:
+        """Make the model, save it if a place for it is named, and return it; nothing is scored yet.
+
+        Args:
+            fabric: as in `run_on`.
+        """
+        self.is_global_zero = fabric.is_global_zero
         with together():
             if fabric.is_global_zero:
                 log.info("%s\n", self.plan())
@@ -197,6 +206,15 @@ class FusionProgram:
             model = self.method.run(self.modelpool, self._tasks_for_method(), fabric)
         with together():
             self._save(model, fabric)
+        return model
+
+    def report_on(self, model: nn.Module | TaskModels, fabric: Fabric) -> Report:
+        """Score a model that `make` returned and what it is shown beside, and return the report that was written.
+
+        Args:
+            model: the model.
+            fabric: as in `run_on`.
+        """
         with self._phase("evaluation"):
             report = self._evaluate(model, fabric)
             if routings := self._evaluate_routings(model, fabric):
@@ -213,6 +231,14 @@ class FusionProgram:
                 self._write(report, model, fabric)
                 self.method.on_run_end()
         return report
+
+    def share(self, other: FusionProgram) -> None:
+        """Take models and tasks from another run, so that weights, images and heads are read once for both.
+
+        Args:
+            other: a run whose configuration has the same model pool and task pool.
+        """
+        self.modelpool, self.taskpool = other.modelpool, other.taskpool
 
     def forget_images(self) -> None:
         """Let go of the images that are kept in memory; they are read again where they are needed."""

@@ -36,6 +36,25 @@ class FabricConfig:
 
 
 @dataclass
+class CompareConfig:
+    """What `fusion_merge compare` compares."""
+
+    methods: list[str] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 32
+
+
+@dataclass
+class AnalyseConfig:
+    """What `fusion_merge analyse` draws."""
+
+    name: str | None = None
+    model: str | None = None
+    values: list[float] | None = None
+    images: int = 128
+
+
+@dataclass
 class ProgramConfig:
     """One run.
 
@@ -49,6 +68,8 @@ class ProgramConfig:
     taskpool: Any = None
     protocol: Any = None
     reproduction: Any = None
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    analyse: AnalyseConfig = field(default_factory=AnalyseConfig)
     fabric: FabricConfig = field(default_factory=FabricConfig)
     seed: int = 0
     fast_dev_run: bool = False

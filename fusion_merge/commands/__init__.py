@@ -10,11 +10,17 @@ from typing import Any, Protocol
 from fusion_merge.errors import ConfigError, nearest
 from fusion_merge.presets import CHOSEN
 
-COMMANDS = ("run", "plan", "describe", "fetch", "reproduce")
+COMMANDS = ("run", "plan", "describe", "fetch", "reproduce", "compare", "analyse")
 """The words that may come first on the command line; without one, `run`."""
 
-_ABOUT = {"describe": "method", "reproduce": "reproduction"}
+_SPELLINGS = {"analyze": "analyse"}
+"""Other spellings of commands."""
+
+_ABOUT = {"describe": "method", "reproduce": "reproduction", "analyse": "analyse.name"}
 """The option that a bare word after a command is for."""
+
+_SWEPT = {"sparsity": "e_wemoe", "rank": "rankone_moe"}
+"""The method that has what an analysis tries values of."""
 
 _FLAGS_WITH_VALUE = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p"),
@@ -52,6 +58,7 @@ def find_command(name: str) -> Command:
     Raises:
         ConfigError: if the name is unknown.
     """
+    name = _SPELLINGS.get(name, name)
     if name not in COMMANDS:
         raise ConfigError(f"`{name}` is not a command; {nearest(name, COMMANDS)}")
     command: Any = importlib.import_module(f"fusion_merge.commands.{name}")
@@ -61,8 +68,10 @@ def find_command(name: str) -> Command:
 def spell_out(arguments: list[str]) -> list[str]:
     """Return the command line as options alone: `plan method=wemoe` is `command=plan method=wemoe`.
 
-    The word after a command may be the name that it is about: `describe wemoe` is `describe method=wemoe`, and
-    `reproduce NAME` is `reproduce reproduction=NAME`.
+    The word after a command may be the name that it is about: `describe wemoe` is `describe method=wemoe`,
+    `reproduce NAME` is `reproduce reproduction=NAME`, and `analyse NAME` is `analyse analyse.name=NAME`, with the
+    method that the analysis is about unless one is given. `compare A B` is `compare compare.methods=[A,B]`, and so is
+    `compare method=[A,B]`.
 
     Args:
         arguments: what was typed.
@@ -75,12 +84,33 @@ def spell_out(arguments: list[str]) -> list[str]:
     word, *rest = arguments
     if word in CHOSEN:
         raise ConfigError(f"`{word}` has no value; write `{word}=NAME`")
+    word = _SPELLINGS.get(word, word)
     if word not in COMMANDS:
         raise ConfigError(f"`{word}` is neither KEY=VALUE nor a command; {nearest(word, COMMANDS)}")
     about = _ABOUT.get(word)
-    if about is not None and rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")):
+    if word == "compare":
+        rest = _methods_to_compare(rest)
+    elif about is not None and rest and _is_name(rest[0]):
+        method = _SWEPT.get(rest[0]) if word == "analyse" else None
+        chosen = any(argument.startswith("method=") for argument in rest)
         rest[0] = f"{about}={rest[0]}"
+        rest += [f"method={method}"] if method and not chosen else []
     return [f"command={word}", *rest]
+
+
+def _is_name(argument: str) -> bool:
+    return "=" not in argument and not argument.startswith(("-", "+", "~"))
+
+
+def _methods_to_compare(arguments: list[str]) -> list[str]:
+    """Return the arguments of `compare` with the methods that are named in them as one option."""
+    count = next((i for i, argument in enumerate(arguments) if not _is_name(argument)), len(arguments))
+    names, rest = arguments[:count], arguments[count:]
+    listed = [a.removeprefix("method=").strip("[]") for a in rest if a.startswith("method=")]
+    rest = [a for a in rest if not a.startswith("method=")]
+    if names or listed:
+        rest.append(f"compare.methods=[{','.join([*names, *listed])}]")
+    return rest
 
 
 def overrides_first(arguments: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from fusion_merge.commands import spell_out
+from fusion_merge.commands import COMMANDS, find_command, spell_out
 from fusion_merge.methods.base import Method
 from fusion_merge.pools.model_pool import CLIPVisionModelPool
 from fusion_merge.pools.task_pool import TaskPool
@@ -59,12 +59,14 @@ def _described(group: str, config: Mapping[str, Any], name: str | None) -> str:
 
 
 def _overview(config: Mapping[str, Any]) -> str:
-    """Return the methods, the options of both pools, and all presets."""
+    """Return the methods, the options of both pools, the commands, and all presets."""
     methods = [[name, summary(get_method(name)), ", ".join(names_of(get_method(name))[1:])] for name in list_methods()]
     blocks = [tabulate(methods, headers=["method", "what it is", "other names"], maxcolwidths=[None, 60, 50])]
     for group in ("modelpool", "taskpool"):
         table = options_table(class_from_config(config[group], group, _KINDS[group]), config[group], style="simple")
         blocks.append(f"options of {group}\n\n{table}")
+    said = [(name, (find_command(name).__doc__ or "").partition(": ")[2].splitlines()[0]) for name in COMMANDS]
+    blocks.append(tabulate(said, headers=["command", "what it does"], maxcolwidths=[None, 90]))
     presets = [[group, ", ".join(names)] for group, names in chosen_presets().items()]
     blocks.append(tabulate(presets, headers=["group", "presets (GROUP=NAME)"], maxcolwidths=[None, 90]))
     blocks.append("every option of one: fusion_merge describe method=NAME, modelpool=NAME or taskpool=NAME")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,6 +117,19 @@ def _strip(name: str) -> str:
             if name.startswith(prefix):
                 name, stripped = name.removeprefix(prefix), True
     return name
+
+
+def part_of_tensor(name: str) -> tuple[int | None, str]:
+    """Return which layer a tensor belongs to (None outside of layers), and whether to its `mlp`, `attention` or `rest`.
+
+    Args:
+        name: its canonical name.
+    """
+    path = name.split(".")
+    layer = next((int(n) for before, n in pairwise(path) if before == "layers" and n.isdigit()), None)
+    if layer is None:
+        return None, "rest"
+    return layer, "mlp" if "mlp" in path else "attention" if "self_attn" in path else "rest"
 
 
 def vision_backbone(model: nn.Module) -> nn.Module:

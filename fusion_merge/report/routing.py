@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fusion_merge.models.clip import pooled_output
 from fusion_merge.models.merged import MergedCLIPVisionModel
@@ -13,16 +16,14 @@ from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 
 
 @torch.no_grad()
-def routing_weights(
+def routing_records(
     model: MergedCLIPVisionModel,
     taskpool: CLIPVisionModelTaskPool,
     *,
     placement: Placement,
     images: int = 128,
-) -> dict[str, Tensor]:
-    """Return the mean merging coefficient that each task's images give to each task's experts, layer by layer.
-
-    A bank with several experts a task (low rank) gives their mean.
+) -> dict[str, list[Tensor]]:
+    """Return the merging coefficients that each image of each task gets, layer by layer.
 
     Args:
         model: a routed model.
@@ -31,10 +32,9 @@ def routing_weights(
         images: at most this many images a task.
 
     Shape:
-        for each task → (L, N).
+        for each task → L tensors (B, K) under sample routing; under batch routing one row a batch.
     """
-    weights: dict[str, Tensor] = {}
-    num_tasks = len(model.config.tasks)
+    records: dict[str, list[Tensor]] = {}
     dtype = next(model.parameters()).dtype
     for name in taskpool.task_names:
         loader = evaluation_loader(
@@ -49,6 +49,64 @@ def routing_weights(
             for pixels, _ in loader:
                 with placement.autocast():
                     pooled_output(model(pixels.to(placement.device, dtype)))
-        layers = [torch.cat(values).mean(dim=0).view(num_tasks, -1).mean(dim=1) for values in record.values()]  # (N,)
-        weights[name] = torch.stack(layers)  # (L, N)
-    return weights
+        records[name] = [torch.cat(values) for values in record.values()]
+    return records
+
+
+def mean_weights(records: Mapping[str, list[Tensor]], num_tasks: int) -> dict[str, Tensor]:
+    """Return the mean merging coefficient that each task's images give to each task's experts, layer by layer.
+
+    A bank with several experts a task (low rank) gives their mean.
+
+    Args:
+        records: what `routing_records` returned.
+        num_tasks: N, how many tasks were merged.
+
+    Shape:
+        for each task → (L, N).
+    """
+    return {
+        name: torch.stack([layer.mean(dim=0).view(num_tasks, -1).mean(dim=1) for layer in layers])
+        for name, layers in records.items()
+    }
+
+
+def first_choices(records: Mapping[str, list[Tensor]], num_tasks: int) -> dict[str, Tensor]:
+    r"""Return the share of each task's images whose largest coefficient is one of each task's experts, layer by layer.
+
+    .. math:: C_{t, l, n} = \frac{1}{B_t} \sum_{x \in t} \big[\operatorname{task}(\arg\max_k g_{l,k}(x)) = n\big]
+
+    Args:
+        records: what `routing_records` returned under sample routing.
+        num_tasks: N, how many tasks were merged.
+
+    Shape:
+        for each task → (L, N); each row sums to 1.
+    """
+    chosen = {}
+    for name, layers in records.items():
+        experts = [layer.argmax(dim=1) // (layer.shape[1] // num_tasks) for layer in layers]  # (B,)
+        chosen[name] = torch.stack([F.one_hot(e, num_tasks).double().mean(dim=0) for e in experts])  # (L, N)
+    return chosen
+
+
+def routing_weights(
+    model: MergedCLIPVisionModel,
+    taskpool: CLIPVisionModelTaskPool,
+    *,
+    placement: Placement,
+    images: int = 128,
+) -> dict[str, Tensor]:
+    """Return `mean_weights` of a model's `routing_records`.
+
+    Args:
+        model: a routed model.
+        taskpool: the tasks whose images are routed.
+        placement: where to compute.
+        images: at most this many images a task.
+
+    Shape:
+        for each task → (L, N).
+    """
+    records = routing_records(model, taskpool, placement=placement, images=images)
+    return mean_weights(records, len(model.config.tasks))
