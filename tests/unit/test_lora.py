@@ -22,8 +22,8 @@ from fusion_merge import (
     EWEMoEAlgorithm,
     RankOneMoEAlgorithm,
     SimpleAverageAlgorithm,
-    TiesMergingAlgorithm,
     TaskArithmeticAlgorithm,
+    TiesMergingAlgorithm,
     WEMoEAlgorithm,
 )
 from fusion_merge.errors import ConfigError, ModelError
