@@ -42,6 +42,12 @@ _DECOMPOSING = 60
 _WHOLE = 60
 """Products of a whole decomposition of a matrix (L, S), in L·S²."""
 
+_TRIPLETS = 20
+"""Products of a decomposition (L, S) with singular vectors, in L·S²: 14 to 16 was measured on one thread."""
+
+_TRIMMING = 20e-9
+"""Seconds for one number of a task vector in each pass that looks for a threshold."""
+
 _SORTING = 60e-9
 """Seconds for one number of a task vector that is pruned and stored sparse."""
 
@@ -157,8 +163,9 @@ def _static_time(load: Load, static: Static, reading: float, speed: Speed) -> fl
     """Return the time of a static merge: passes over all models, decompositions of all matrices, and a regression."""
     tower = load.tower
     (short, long), square = sorted((tower.width, tower.hidden)), tower.width**3
-    decomposed = tower.layers * (4 * square + 2 * long * short**2) * _WHOLE / 8
+    decomposed = tower.layers * (4 * square + 2 * long * short**2) * _TRIPLETS
     found = static.readings * reading + static.decompositions * decomposed / speed.products
+    found += (static.readings - 1) * load.num_models * tower.numbers * _TRIMMING
     for images in load.adapted.values() if static.images else ():
         looked = min(static.images, images.count)
         products = looked * tower.tokens * 2 * gram_numbers(tower)  # in double precision, each as long as two

@@ -33,7 +33,8 @@ def comparison_picture(path: Path, rows: Sequence[Row], tasks: Sequence[str]) ->
                 marker=marker,
                 markersize=7 if empty else 8.5,
                 color=colour,
-                markerfacecolor="white" if empty else colour,
+                markerfacecolor="none" if empty else colour,
+                zorder=3 if empty else 2,  # what lies below a ring can be seen
                 markeredgecolor=colour if empty else "white",  # tells points apart that lie on one another
                 markeredgewidth=1.5 if empty else 0.8,
                 label=_CALLED[kind],
