@@ -175,10 +175,11 @@ def _task(name: str, data: Any) -> dict[str, Any]:
     spec = dict(data) if isinstance(data, Mapping) and "data" in data else {"data": data}
     try:
         classnames, templates = get_classnames_and_templates(name)
-    except ValueError:
+    except (ValueError, ImportError):  # of one task fusion_bench names a file that it does not have
         log.info("fusion_bench knows no task `%s`: its class names are those of its data", name)
         return spec
-    return spec | {"classnames": list(classnames), "templates": _templates(name, templates, classnames)}
+    texts = _templates(name, templates, classnames)
+    return spec | {"classnames": list(classnames), "by_position": True, "templates": texts}
 
 
 def _templates(name: str, templates: Any, classnames: Any) -> list[str]:
