@@ -161,8 +161,9 @@ def _images(pool: ForeignModelPool, split: str) -> dict[str, Any]:
         plain: Any = _plain(source)
         if isinstance(plain, str):  # fusion_bench takes the name of a data set on its platform, and that split of it
             on_hub = getattr(pool, _PLATFORM) in PLATFORMS and "://" not in plain
-            plain = {"data": plain, "split": split} if on_hub else _loader(pool, split)(name)
-        found[name] = _task(name, plain)
+            found[name] = _task(name, plain, split=split) if on_hub else _task(name, _loader(pool, split)(name))
+        else:
+            found[name] = _task(name, plain)
     return found
 
 
@@ -170,9 +171,9 @@ def _loader(pool: ForeignModelPool, split: str) -> Callable[[str], Any]:
     return pool.load_train_dataset if split == "train" else pool.load_test_dataset
 
 
-def _task(name: str, data: Any) -> dict[str, Any]:
+def _task(name: str, data: Any, **spec: Any) -> dict[str, Any]:
     """Return a task as our pools take it, with fusion_bench's prompts where it knows the task."""
-    spec = dict(data) if isinstance(data, Mapping) and "data" in data else {"data": data}
+    spec = {"data": data, **spec}
     try:
         classnames, templates = get_classnames_and_templates(name)
     except (ValueError, ImportError):  # of one task fusion_bench names a file that it does not have
