@@ -163,7 +163,12 @@ def test_command_of_the_documentation_runs(command, home, request):
     if not {"--help", "--cfg", "taskpool=dummy"} & {*arguments}:
         request.getfixturevalue("scoring")
     if {"--help", "--cfg"} & {*arguments}:
-        assert "fusion_merge" in type_command(*arguments, cwd=home).stdout
+        shown = type_command(*arguments, cwd=home).stdout
+        ours = f"method/fusion_merge: {', '.join(merging_presets())}"  # and what is fusion_bench's is there too
+        assert {ours, "fabric: auto, llama_ddp, llama_fsdp, llama_peft_fsdp"} <= {
+            *shown.splitlines()
+        } or "--cfg" in arguments
+        assert "FusionMergeAlgorithm" in shown or "--help" in arguments
         return
     ranks = ["method.rank_k=4"] if "method=fusion_merge/rankone_moe" in arguments else []  # the copies are narrow
     quick = [*ranks, "fast_dev_run=true", f"path.output_dir={home / 'outputs'}"]
@@ -227,10 +232,3 @@ def test_program_makes_and_saves_a_model_even_where_it_cannot_score(images, tmp_
     expected = WEMoEAlgorithm(max_steps=5, batch_size=8).run(upstream.own_pool(images))
     saved = MergedCLIPVisionModel.from_pretrained(tmp_path / "kept" / "merged")
     assert_same_bits(tensors_of(saved), tensors_of(expected))
-
-
-def test_help_of_fusion_bench_shows_our_methods_and_its_own(tmp_path):
-    shown = type_command("--help", cwd=tmp_path).stdout.splitlines()
-    (line,) = [line for line in shown if line.startswith("method/fusion_merge: ")]
-    assert line.removeprefix("method/fusion_merge: ").split(", ") == list(merging_presets())
-    assert any(line.startswith("method/wemoe: ") for line in shown)
