@@ -1,6 +1,7 @@
 # make run    merge the embedded pool of eight models, adapt, score, report
 # make test   run all tests, JOBS of them at a time
-# make test-transformers4   run those that depend on transformers' version with transformers 4.57, in .venv-transformers4
+# make test-transformers4   run those that depend on transformers' version with transformers 4.57, and fusion_bench's program, whose
+#             task pools need that version, in .venv-transformers4
 # make bench  measure time, memory and start-up beside a plain model and fusion-bench; ARGS=--help says how
 # make lint   style and types
 # make clean  remove the environment and the caches; what runs wrote to outputs/ is yours and stays
@@ -12,8 +13,8 @@ BIN := $(VENV)/bin
 ARGS ?=
 JOBS ?= 2
 TRANSFORMERS4 := .venv-transformers4
-VERSIONED := tests/contract tests/parity tests/unit/test_clip.py tests/unit/test_lora.py tests/unit/test_merged.py tests/unit/test_model_pool.py \
-	tests/unit/test_saving.py tests/unit/test_sources.py tests/unit/test_task_pool.py
+VERSIONED := tests/contract tests/parity tests/e2e/test_fusion_bench.py tests/unit/test_clip.py tests/unit/test_lora.py tests/unit/test_merged.py \
+	tests/unit/test_model_pool.py tests/unit/test_plugin.py tests/unit/test_saving.py tests/unit/test_sources.py tests/unit/test_task_pool.py
 
 .PHONY: run test test-transformers4 bench lint clean
 
@@ -51,5 +52,5 @@ $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(TRANSFORMERS4)/.installed: pyproject.toml constraints-transformers4.txt
 	$(PYTHON) -m venv $(TRANSFORMERS4)
-	$(TRANSFORMERS4)/bin/python -m pip install --disable-pip-version-check -q -c constraints-transformers4.txt -e '.[test]'
+	$(TRANSFORMERS4)/bin/python -m pip install --disable-pip-version-check -q -c constraints-transformers4.txt -e '.[test,fusion_bench]'
 	touch $@

@@ -73,11 +73,11 @@ _codes: list[int] = []
 
 def main() -> None:
     """Run the command line; every error that can be foreseen is one clear message and exit code 1."""
-    register_schema()
     tracebacks = os.environ.get("HYDRA_FULL_ERROR") == "1" and _OURS not in os.environ
     if not tracebacks:
         os.environ["HYDRA_FULL_ERROR"] = os.environ[_OURS] = "1"  # Hydra then raises, and the messages are ours
     with _messages(tracebacks):
+        register_schema()
         _given[:], _codes[:] = sys.argv[1:], []
         arguments = overrides_first(_presets_alone(spell_out(sys.argv[1:])))
         sys.argv[1:] = [_open(argument) for argument in arguments]

@@ -1,19 +1,28 @@
-"""Further names of presets: fusion_bench's long paths, and the task pool that goes with a model pool.
+"""Which presets there are, those of other packages included, and further names of them.
 
-A list of tasks is also one of models. All are made from the files in `config/` when Hydra is set up, so that they work
-wherever Hydra looks for a preset: in sweeps, in defaults lists, in `hydra.compose`.
+Further names are fusion_bench's long paths, and the task pool that goes with a model pool. A list of tasks is also one
+of models. All are made from the files in `config/` when Hydra is set up, so that they work wherever Hydra looks for a
+preset: in sweeps, in defaults lists, in `hydra.compose`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import entry_points
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 
 import yaml
 from hydra.core.config_store import ConfigStore
 
+from fusion_merge.errors import ConfigError
+
 CONFIG = "fusion_merge.config"
 """The package that holds the presets."""
+
+ENTRY_POINTS = "fusion_merge.configs"
+"""The entry points by which other packages say which package of theirs holds presets."""
 
 CHOSEN = ("method", "modelpool", "taskpool", "protocol", "reproduction")
 """The groups that a user chooses from; the others are what presets are made of."""
@@ -21,17 +30,38 @@ CHOSEN = ("method", "modelpool", "taskpool", "protocol", "reproduction")
 LONG_PATHS = {"modelpool": "CLIPVisionModelPool", "taskpool": "CLIPVisionModelTaskPool"}
 """The folders that fusion_bench keeps the presets of these groups in."""
 
+NOT_MERGING = ("clip_finetune", "dummy")
+"""The presets of methods that merge nothing: one makes the models, the other leaves the pretrained one as it is."""
+
 _ENDING = ".yaml"
 
 
+@cache
+def other_packages() -> tuple[str, ...]:
+    """Return the packages of presets that installed packages declare, sorted.
+
+    Raises:
+        ConfigError: if one cannot be found.
+    """
+    declared = {point.value: point.name for point in entry_points(group=ENTRY_POINTS)}
+    for package, name in declared.items():
+        try:
+            files(package)
+        except Exception as error:  # a package of somebody else's may fail in any way
+            raise ConfigError(
+                f"the presets `{name}` of another package ({package}) cannot be found: {error}; "
+                "mend or uninstall that package"
+            ) from error
+    return tuple(sorted(declared))
+
+
 def preset_names(group: str) -> list[str]:
-    """Return the presets of a group, sorted.
+    """Return the presets of a group, sorted, those of other packages included.
 
     Args:
         group: such as `modelpool` or `dataset/task`.
     """
-    folder = files(CONFIG).joinpath(*group.split("/"))
-    return sorted(entry.name.removesuffix(_ENDING) for entry in folder.iterdir() if entry.name.endswith(_ENDING))
+    return sorted({name for folder in _folders(group) for name in _names(folder)})
 
 
 def chosen_presets() -> dict[str, list[str]]:
@@ -42,8 +72,8 @@ def chosen_presets() -> dict[str, list[str]]:
 
 def method_presets() -> list[str]:
     """Return what may stand after `method=`: short paths and long ones."""
-    folders = [entry.name for entry in files(CONFIG).joinpath("method").iterdir() if entry.is_dir()]
-    long = [f"{f}/{name}" for f in sorted(folders) if f != "__pycache__" for name in preset_names(f"method/{f}")]
+    folders = {entry.name for folder in _folders("method") for entry in folder.iterdir() if entry.is_dir()}
+    long = [f"{f}/{name}" for f in sorted(folders - {"__pycache__"}) for name in preset_names(f"method/{f}")]
     return [*preset_names("method"), *long]
 
 
@@ -68,22 +98,42 @@ def register_presets(modelpools: Iterable[str] = ()) -> None:
         _alias("taskpool", name, short if short in taskpools else "clip_vision")
 
 
+def merging_presets() -> dict[str, str]:
+    """Return the presets of the methods that merge, in order, each as the text of its file."""
+    return {name: _text("method", name) for name in preset_names("method") if name not in NOT_MERGING}
+
+
+def _folders(group: str) -> list[Traversable]:
+    """Return the folders that hold a group, our own first."""
+    places = (files(package).joinpath(*group.split("/")) for package in (CONFIG, *other_packages()))
+    return [place for place in places if place.is_dir()]
+
+
+def _names(folder: Traversable) -> list[str]:
+    return sorted(entry.name.removesuffix(_ENDING) for entry in folder.iterdir() if entry.name.endswith(_ENDING))
+
+
+def _text(group: str, name: str) -> str:
+    """Return what the file of a preset says; the first folder that has it wins, as in Hydra."""
+    files_of_that_name = (folder.joinpath(f"{name}{_ENDING}") for folder in _folders(group))
+    return next(file for file in files_of_that_name if file.is_file()).read_text(encoding="utf-8")
+
+
 def _register_model_lists() -> None:
     """Let each list of tasks in `dataset` be one of models too: `/model/ARCHITECTURE: TA8`, the base one first."""
     lists = {name: tasks for name in preset_names("dataset") if (tasks := _listed(name))}
-    for folder in files(CONFIG).joinpath("model").iterdir():
-        models = preset_names(f"model/{folder.name}") if folder.is_dir() else []
+    for architecture in {entry.name for folder in _folders("model") for entry in folder.iterdir() if entry.is_dir()}:
+        models = preset_names(f"model/{architecture}")
         for name, tasks in lists.items():
             if {"pretrained", *tasks} <= {*models}:
                 node = {"defaults": ["pretrained", *tasks]}
-                ConfigStore.instance().store(group=f"model/{folder.name}", name=name, node=node)
+                ConfigStore.instance().store(group=f"model/{architecture}", name=name, node=node)
 
 
 def _listed(name: str) -> list[str]:
     """Return the tasks of a list in `dataset`, those of the lists that it begins with included."""
-    text = files(CONFIG).joinpath("dataset", f"{name}{_ENDING}").read_text(encoding="utf-8")
     tasks: list[str] = []
-    for part in (yaml.safe_load(text) or {}).get("defaults", []):
+    for part in (yaml.safe_load(_text("dataset", name)) or {}).get("defaults", []):
         tasks += _listed(part) if isinstance(part, str) and part != "_self_" else part.get("task@_here_", [])
     return tasks
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
@@ -13,6 +15,7 @@ from fusion_merge import registry
 from fusion_merge.errors import ConfigError, nearest
 from fusion_merge.models.task_models import TaskModels
 from fusion_merge.options import check_options, option
+from fusion_merge.pools.foreign import own_pool
 from fusion_merge.pools.model_pool import CLIPVisionModelPool
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 
@@ -25,7 +28,8 @@ class Method(ABC):
     """A way to make one model of a pool.
 
     Subclasses are dataclasses registered with `register_method`; their fields, declared with `option`, are the
-    keywords of the constructor and the keys of the YAML.
+    keywords of the constructor and the keys of the YAML. `check` and `run` take the model pools of other packages too,
+    fusion_bench's: a subclass sees pools of ours alone.
     """
 
     method_name: ClassVar[str]
@@ -37,6 +41,13 @@ class Method(ABC):
     routed: ClassVar[bool] = False
 
     name: str | None = option(None, help="a name of this method; accepted as fusion_bench's configs give one")
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Let what a subclass says itself see model pools of ours alone."""
+        super().__init_subclass__(**keywords)
+        for name in ("check", "run"):
+            if name in vars(cls):
+                setattr(cls, name, _on_own_pool(vars(cls)[name]))
 
     def __post_init__(self) -> None:
         """Check all options.
@@ -61,6 +72,7 @@ class Method(ABC):
         Raises:
             FusionMergeError: if the pool does not fit.
         """
+        modelpool = own_pool(modelpool)
         modelpool.check(self.min_models)
         if taskpool is not None:
             modelpool.check_heads(taskpool)
@@ -101,3 +113,11 @@ class Method(ABC):
     def options(self) -> dict[str, Any]:
         """Return the options as plain values."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init and f.name != "name"}
+
+
+def _on_own_pool(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def on_own_pool(self: Method, modelpool: Any, *args: Any, **keywords: Any) -> Any:
+        return function(self, own_pool(modelpool), *args, **keywords)
+
+    return on_own_pool

@@ -39,6 +39,7 @@ TASK_OPTIONS = (
     "split",
     "prompts",
     "classnames",
+    "by_position",
     "templates",
     "image_column",
     "label_column",
@@ -116,12 +117,14 @@ def make_task(name: str, spec: Any, *, split: str | None = None, purpose: Purpos
     Args:
         name: what the task is called.
         spec: a dataset object, a path, a hub id, or a mapping with `data` and optionally `split`, `prompts`,
-            `classnames`, `templates`, `image_column`, `label_column`, and `corruption` with `severity`,
+            `classnames`, `by_position`, `templates`, `image_column`, `label_column`, and `corruption` with `severity`,
             `corruption_constants` and `corruption_seed`, which are those of `Corruption`. A mapping with `_target_` is
             called; any other mapping with `path` goes to `datasets.load_dataset`. `classnames` is a list or a mapping
             from the dataset's label names to prompts. A list of the dataset's own label names, in whatever order, is
             matched by name; any other list is in the order of the dataset's labels. Labels in words are classes in
             alphabetical order, unless `classnames` has them all; integers without names may be keys of `classnames`.
+            With `by_position: true` the names of a list belong to the numbers of the labels, whatever the dataset calls
+            them, and there may be more of them than labels.
             `prompts` names a published prompt set: its class names belong to the labels by position, whatever the
             dataset calls them, but to words and local folders as `published_classnames` says; `classnames` and
             `templates` beside it win, each for itself. An image is a picture, the bytes of a file, or a path, relative
@@ -159,7 +162,7 @@ def make_task(name: str, spec: Any, *, split: str | None = None, purpose: Purpos
         raise _no_column(name, "label", columns, f"name it with `label_column`{more}")
     folder = folder_of(options["data"])
     _check_images(name, data, image, folder)
-    own, numbered = own_labels(loaded, data, label, given)
+    own, numbered = (None, True) if _by_position(name, options) else own_labels(loaded, data, label, given)
     keys = labels_in_order(own, given) if own and not numbered else None
     if prompts is not None and not given:
         labels = list(map(str, keys)) if keys else own if _are_folders(data, options["data"]) else None
@@ -222,6 +225,16 @@ def _prompts(name: str, options: Mapping[str, Any]) -> PromptSet | None:
         return prompt_set(given)
     except DataError as error:
         raise DataError(f"task `{name}`: {error}") from error
+
+
+def _by_position(name: str, options: Mapping[str, Any]) -> bool:
+    """Tell whether class names belong to the numbers of labels, whatever the dataset calls them."""
+    given, names = options.get("by_position"), options.get("classnames")
+    if given not in (None, True, False):
+        raise DataError(f"`by_position`={given!r} of `{name}` is neither true nor false")
+    if given and (isinstance(names, str | Mapping) or not names):
+        raise DataError(f"`by_position` of `{name}` needs a list of `classnames`, in the order of the labels")
+    return bool(given)
 
 
 def _templates(name: str, options: Mapping[str, Any], prompts: PromptSet | None) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ ROOT = Path(fusion_merge.__file__).parent
 FILES = {str(file.relative_to(ROOT)): file for file in sorted(ROOT.rglob("*.py"))}
 
 LAYERS = (
-    ("errors", "presets"),
+    "errors",
+    "presets",
     ("files", "options", "schema", "composition", "registry", "zoo"),
     ("sealed", "processes"),
     "commits",

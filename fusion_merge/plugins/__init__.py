@@ -1,0 +1,1 @@
+"""What runs inside other programs: `NAME.py` is the only file that knows the names of the package `NAME`."""
