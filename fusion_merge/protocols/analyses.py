@@ -59,7 +59,7 @@ class Swept:
 
 SWEPT = {
     "sparsity": Swept("tv_prune_ratio", (0.5, 0.9, 0.99), "share of each task vector that is pruned", whole=False),
-    "rank": Swept("rank_k", (1, 4, 16), "rank of each expert, rank_k", whole=True),
+    "rank": Swept("rank_k", (1, 4, 16), "rank-one experts a task, rank_k", whole=True),
 }
 
 ANALYSES = {
