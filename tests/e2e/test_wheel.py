@@ -19,7 +19,7 @@ def site(tmp_path_factory) -> Path:
     """A folder with the wheel installed, and nothing of the repository."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for name in ("fusion_merge", "config"):
+    for name in ("fusion_merge", "config", "hydra_plugins"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
@@ -53,3 +53,23 @@ def test_the_wheel_is_what_was_run(site, tmp_path):
         installed = site / (folder if folder.startswith("fusion_merge") else f"fusion_merge/{folder}")
         source = {str(f.relative_to(ROOT / folder)) for f in (ROOT / folder).rglob("*.yaml")}
         assert {str(f.relative_to(installed)) for f in installed.rglob("*.yaml")} == source != set()
+
+
+def test_the_wheel_brings_its_plugins(site, tmp_path):
+    (tmp_path / "program.yaml").write_text("seed: null\nfast_dev_run: false\n")
+    code = f"""if True:
+        import sys, types, hydra_plugins.fusion_merge_plugin as plugin
+        from hydra import compose, initialize_config_dir
+        sys.modules["fusion_bench"] = types.ModuleType("fusion_bench")
+        with initialize_config_dir({str(tmp_path)!r}, version_base=None):
+            method = compose("program", overrides=["+method=fusion_merge/wemoe"]).method
+        print(plugin.__file__, method.algorithm, sep="\\n")
+    """
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    plugin = site / "hydra_plugins" / "fusion_merge_plugin" / "__init__.py"
+    assert result.stdout.splitlines() == [str(plugin), "fusion_merge.methods.wemoe.WEMoEAlgorithm"]
+    assert not (site / "hydra_plugins" / "__init__.py").exists()  # other packages have plugins there too
+    assert (site / "fusion_merge" / "plugins" / "fusion_bench.py").is_file()
