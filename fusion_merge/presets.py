@@ -87,6 +87,7 @@ def register_presets(modelpools: Iterable[str] = ()) -> None:
         modelpools: model pools that are not among the presets, such as those of a user's own `--config-dir`.
     """
     _register_model_lists()
+    _register_tuned_names()
     pools, taskpools = preset_names("modelpool"), preset_names("taskpool")
     for name in pools:
         _alias("modelpool", f"{LONG_PATHS['modelpool']}/{name}", name)
@@ -130,6 +131,27 @@ def _register_model_lists() -> None:
                 ConfigStore.instance().store(group=f"model/{architecture}", name=name, node=node)
 
 
+def _register_tuned_names() -> None:
+    """Let options that were tuned for a method hold under its other names too."""
+    others = {name: target for name in method_presets() if (target := _other_name_of(name)) is not None}
+    for pool in {entry.name for folder in _folders("tuned") for entry in folder.iterdir() if entry.is_dir()}:
+        tuned = preset_names(f"tuned/{pool}")
+        for name, target in others.items():
+            if target in tuned and name not in tuned:
+                _alias(f"tuned/{pool}", name, target, package="method")
+
+
+def _other_name_of(name: str) -> str | None:
+    """Return which preset of a method a preset is merely another name of, if it is one."""
+    text = _text("method", name)
+    if "_target_:" in text:
+        return None
+    defaults = yaml.safe_load(text) or {}
+    found = [str(part) for part in defaults.get("defaults", [])]
+    alone = len(found) == 1 and defaults.keys() == {"defaults"} and found[0].startswith("/method/")
+    return found[0].removeprefix("/method/").removesuffix("@_here_") if alone else None
+
+
 def _listed(name: str) -> list[str]:
     """Return the tasks of a list in `dataset`, those of the lists that it begins with included."""
     tasks: list[str] = []
@@ -138,6 +160,7 @@ def _listed(name: str) -> list[str]:
     return tasks
 
 
-def _alias(group: str, name: str, target: str) -> None:
+def _alias(group: str, name: str, target: str, package: str | None = None) -> None:
     folder, _, short = f"{group}/{name}".rpartition("/")
-    ConfigStore.instance().store(group=folder, name=short, node={"defaults": [f"/{group}/{target}@_here_"]})
+    node = {"defaults": [f"/{group}/{target}@_here_"]}
+    ConfigStore.instance().store(group=folder, name=short, node=node, package=package)

@@ -81,7 +81,7 @@ def _tasks(plan: Plan) -> str:
             f"{task[verb]:,} ({task[f'{verb}_on']})" if verb in task else "" for verb in ("adapted", "scored")
         )
         rows.append([name, task.get("classes", "?"), adapted, scored, task["model"] or ""])
-    headers = ["task", "classes", "images trained on", "images scored", "model"]
+    headers = ["task", "classes", "images to adapt on", "images scored", "model"]
     return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", "right", "right", "right", "left"))
 
 
