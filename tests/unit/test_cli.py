@@ -433,7 +433,7 @@ def test_a_task_pool_of_the_user_s_own_goes_with_the_model_pool_of_its_name(pool
     ("argument", "text"),
     [
         ("rum", "`rum` is neither KEY=VALUE nor a command; did you mean `run`?"),
-        ("unknown", "`unknown` is neither KEY=VALUE nor a command; known are: describe, fetch, plan"),
+        ("unknown", "`unknown` is neither KEY=VALUE nor a command; known are: analyse, compare, describe, fetch, plan"),
         ("method", "`method` has no value; write `method=NAME`"),
         ("command=rum", "`rum` is not a command; did you mean `run`?"),
     ],
