@@ -337,20 +337,13 @@ class FusionProgram:
 
     def _describe_run(self, model: nn.Module | TaskModels, fabric: Fabric) -> Report:
         record = getattr(self.method, "record", None)
-        adaptation = record and {
-            "steps": record.steps,
-            "interrupted": record.interrupted,
-            "resumed_at": record.resumed_at,
-            "collapsed": record.collapsed,
-            "seconds": record.seconds,
-        }
         return {
             "method": self.method.method_name,
             "options": self.method.options(),
             "models": {name: self.modelpool.describe(name) for name in self.modelpool.all_model_names},
             "seed": self.config["seed"],
             "command": self.command,
-            "adaptation": adaptation,
+            "adaptation": record and record.told(),
             "seconds": self.seconds,
             "versions": versions(),
             "evaluation": scoring_of(model, self.taskpool, fabric.world_size),

@@ -63,6 +63,7 @@ class AdaptationRecord:
         entropy: for each task, the entropy of each step, in nats; the mean over processes.
         collapsed: tasks that collapsed to one class, and the step at which that began.
         seconds: how long it took.
+        trained: how many numbers were adapted.
     """
 
     steps: int = 0
@@ -71,6 +72,11 @@ class AdaptationRecord:
     entropy: dict[str, list[float]] = field(default_factory=dict)
     collapsed: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    trained: int = 0
+
+    def told(self) -> dict[str, Any]:
+        """Return what a report says of it, as plain values: all but the course of the entropy."""
+        return {name: value for name, value in vars(self).items() if name != "entropy"}
 
 
 def adapt(
@@ -115,7 +121,7 @@ def adapt(
     if not streams:
         raise ConfigError("there is no task to adapt on; give at least one")
     check_precision(fabric)
-    record = AdaptationRecord(entropy={name: [] for name in streams})
+    record = AdaptationRecord(entropy={name: [] for name in streams}, trained=sum(p.numel() for p in parameters))
     guard = CollapseGuard({name: stream.num_classes for name, stream in streams.items()})
     _leave_frozen_tensors_alone(model)
     wrapped, optim = fabric.setup(model, make_optimizer(optimizer, parameters, lr))

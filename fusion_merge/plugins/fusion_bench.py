@@ -138,8 +138,8 @@ def _method(algorithm: str, options: Mapping[str, Any]) -> Method:
         cls = get_method(algorithm)
         algorithm = f"{cls.__module__}.{cls.__qualname__}"
     made: Method = object_from_config({"_target_": algorithm, **options}, "method", Method)
-    if not made.makes_one_model:
-        raise ConfigError(f"`algorithm`={algorithm} does not merge models into one; choose a method that does")
+    if not made.makes_one_model or not made.makes_tower:
+        raise ConfigError(f"`algorithm`={algorithm} does not merge models into one tower; choose a method that does")
     return made
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from fusion_merge.adaptation.runtime import Fabric, log_to
 from fusion_merge.methods.base import Method
+from fusion_merge.models.merged import MergedCLIPVisionModel
 from fusion_merge.models.task_models import TaskModels
 from fusion_merge.processes import together
 from fusion_merge.program import FusionProgram
@@ -47,6 +48,8 @@ def measured(
     with together():
         if fabric.is_global_zero:
             weigh(row, model, program.output_dir, keep=keep, command=program.command)
+            if adaptation:  # which may have left a plain tower behind
+                row.trainable = adaptation["trained"]
     return row, model
 
 
@@ -79,7 +82,7 @@ def kind_of(method: Method, model: nn.Module | TaskModels | None) -> str:
         method: what made the model.
         model: the model, or None where there is none.
     """
-    if method.routed:
+    if method.routed or isinstance(model, MergedCLIPVisionModel):
         return "routed"
     return "static" if model is None or (isinstance(model, nn.Module) and is_tower(model)) else "other"
 

@@ -144,7 +144,7 @@ def written_comparison(rows: Sequence[Row], tasks: Sequence[str], about: Mapping
     parts = ["# Comparison", f"    {about['command']}", "Accuracy in percent.", tables[0]]
     parts += [f"![accuracy against size on disk]({picture})"] if picture else []
     explained = (
-        "Trainable: parameters that the result still has as trainable. Stored: all of its parameters. MB: 10⁶ bytes of "
+        "Trainable: parameters that were adapted. Stored: all that the result has. MB: 10⁶ bytes of "
         "the files of the saved model. Inference ×: time of a forward pass over that of the plain pretrained tower, "
         f"on {about['batch_size']} images, the median of measurements in turns."
     )

@@ -36,6 +36,7 @@ from fusion_merge.presets import merging_presets
 from fusion_merge.registry import is_registered
 
 ROOT = Path(__file__).parents[2]
+MERGING = [n for n, text in merging_presets().items() if "_target_" in text and get_method(n).makes_tower]
 QUICK = ("method.max_steps=5", "method.batch_size=8", "seed=0")
 
 
@@ -209,7 +210,7 @@ def test_command_of_fusion_bench_scores_a_method_as_our_command_does(images, tmp
 
 
 @pytest.mark.usefixtures("scoring")
-@pytest.mark.parametrize("name", [name for name, text in merging_presets().items() if "_target_" in text])
+@pytest.mark.parametrize("name", MERGING)
 def test_every_method_scores_in_fusion_bench_what_it_scores_here(name, images, tmp_path):
     assert is_registered(name)
     known = {field.name for field in dataclasses.fields(get_method(name))}

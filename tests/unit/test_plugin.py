@@ -273,6 +273,7 @@ def test_algorithm_is_made_again_from_its_yaml(plugin, tmp_path):
         (RANKONE, {"rankk": 3}, "`method.rankk` is not an option.*did you mean `rank_k`"),
         (RANKONE, {"rank_k": "three"}, "`rank_k`='three'"),
         ("clip_finetune", {}, "does not merge models into one"),
+        ("simple_ensemble", {}, "does not merge models into one tower"),
     ],
 )
 def test_algorithm_that_cannot_be_made_is_refused(plugin, algorithm, options, message):
