@@ -104,15 +104,21 @@ TUNED = sorted(
 @pytest.mark.parametrize("method", TUNED)
 def test_tuned_options_hold_on_tiny8_and_nowhere_else(method):
     tiny8, own = (composed(f"method={method}", f"modelpool={pool}")["method"] for pool in ("tiny8", "clip_vision"))
-    assert (own["lr"], own["max_steps"]) == (1e-4, 1000)
-    assert (tiny8["lr"], tiny8["max_steps"]) != (1e-4, 1000)
+    tuned = yaml.safe_load((PRESETS / f"tuned/tiny8/{method}.yaml").read_text("utf-8"))
+    tuned = {key: float(v) if isinstance(v, str) else v for key, v in tuned.items()}  # 1e-3 is a text in YAML 1.1
+    assert {key: tiny8[key] for key in tuned} == tuned
+    assert {key for key in own if own[key] != tiny8[key]} == tuned.keys()
 
 
 def test_every_name_of_a_tuned_method_is_tuned():
-    routed = {"rankone_moe", "wemoe", "e_wemoe"}
     paths = [file.removeprefix("method/").removesuffix(".yaml") for file in YAMLS if file.startswith("method/")]
-    targets = {path: composed(f"method={path}", "modelpool=clip_vision")["method"]["_target_"] for path in paths}
-    assert sorted(path for path, target in targets.items() if target.split(".")[2] in routed) == TUNED
+    tiny8, own = (
+        {path: composed(f"method={path}", f"modelpool={pool}")["method"] for path in paths}
+        for pool in ("tiny8", "clip_vision")
+    )
+    others = [(path, method) for path in paths for method in TUNED if path != method and own[path] == own[method]]
+    assert {method for _, method in others} >= {"wemoe", "e_wemoe", "rankone_moe", "ties_merging", "iso_c"}
+    assert [path for path, method in others if tiny8[path] != tiny8[method]] == []
 
 
 def test_option_on_the_command_line_beats_a_tuned_one():

@@ -58,6 +58,7 @@ def test_every_published_row_is_here():
     sizes = ("b32", "b16", "l14")
     names = ("zero_shot", "fine_tuned", "simple_average", "task_arithmetic", "wemoe", "e_wemoe_90", "e_wemoe_99")
     names = (*names, "rankone_k32_all", "rankone_k32_select75", "rankone_k64_select75", "ties_merging", "regmean")
+    names = (*names, "layer_wise_adamerging")
     others = {"rankone_depth0_b32", "wemoe_b32_tall20", "rankone_k64_select75_b32_tall20"}
     others |= {"tsv_m_b32", "iso_c_b32", "iso_cts_b32"}
     assert set(ROWS) == {f"{name}_{size}" for name in names for size in sizes} | others
