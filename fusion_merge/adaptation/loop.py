@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import signal
@@ -128,6 +129,7 @@ def adapt(
     wrapped.eval()
     update = _Update(parameters, optim, what)
     scaling = fabric.strategy.precision
+    found = copy.deepcopy(scaling.state_dict())  # of the loss, where precision is mixed
     if progress is not None:
         with together():
             scaling.load_state_dict(progress.restore(record, guard, parameters, optim, update.before))
@@ -162,6 +164,7 @@ def adapt(
                     break
     finally:
         finish_logs(fabric)
+        scaling.load_state_dict(found)  # another adaptation with this Fabric begins as this one did
     return record
 
 

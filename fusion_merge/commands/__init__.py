@@ -88,6 +88,8 @@ def spell_out(arguments: list[str]) -> list[str]:
     if word not in COMMANDS:
         raise ConfigError(f"`{word}` is neither KEY=VALUE nor a command; {nearest(word, COMMANDS)}")
     about = _ABOUT.get(word)
+    if about is not None or word == "compare":
+        rest = _names_first(rest)
     if word == "compare":
         rest = _methods_to_compare(rest)
     elif about is not None and rest and _is_name(rest[0]):
@@ -96,6 +98,14 @@ def spell_out(arguments: list[str]) -> list[str]:
         rest[0] = f"{about}={rest[0]}"
         rest += [f"method={method}"] if method and not chosen else []
     return [f"command={word}", *rest]
+
+
+def _names_first(arguments: list[str]) -> list[str]:
+    """Return the arguments with bare words, other than the values of Hydra's flags, before all others."""
+    after_flag = [False, *(argument in _FLAGS_WITH_VALUE for argument in arguments)]
+    names = [_is_name(argument) and not after for argument, after in zip(arguments, after_flag, strict=False)]
+    order = sorted(range(len(arguments)), key=lambda index: not names[index])
+    return [arguments[index] for index in order]
 
 
 def _is_name(argument: str) -> bool:
@@ -108,6 +118,9 @@ def _methods_to_compare(arguments: list[str]) -> list[str]:
     names, rest = arguments[:count], arguments[count:]
     listed = [a.removeprefix("method=").strip("[]") for a in rest if a.startswith("method=")]
     rest = [a for a in rest if not a.startswith("method=")]
+    twice = [argument for argument in rest if argument.startswith("compare.methods=")]
+    if (names or listed) and twice:
+        raise ConfigError(f"`{twice[0]}` and {', '.join([*names, *listed])}: name the methods in one place")
     if names or listed:
         rest.append(f"compare.methods=[{','.join([*names, *listed])}]")
     return rest

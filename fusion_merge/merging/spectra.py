@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_LEFT_OVER = 1e-4
+"""Of a matrix's norm, what is left of it that says nothing: what is subtracted is not known better than that."""
+
 
 def tsv_merge(stacked: Tensor) -> Tensor:
     r"""Return one matrix of N, each cut to a part of its rank, after their singular vectors are made orthogonal.
@@ -65,7 +68,8 @@ def iso_cts(stacked: Tensor, common_space_fraction: float) -> Tensor:
     own = min(round((rank - int(rank * common_space_fraction)) / tasks), rank // tasks)
     common = singular_triplets(stacked.sum(dim=0), rank - own * tasks)
     basis = common[0]  # (O, c)
-    parts = [common, *(singular_triplets(matrix - basis @ (basis.T @ matrix), own) for matrix in stacked)]
+    rests = (matrix - basis @ (basis.T @ matrix) for matrix in stacked)
+    parts = [common, *(singular_triplets(r, own, beside=m) for r, m in zip(rests, stacked, strict=True))]
     left, values, right = (torch.cat(some, dim=-1) for some in zip(*parts, strict=True))
     return values.sum() / max(1, values.numel()) * (polar(left) @ polar(right).T)
 
@@ -87,7 +91,9 @@ def polar(matrix: Tensor) -> Tensor:
     return left @ right.T
 
 
-def singular_triplets(matrix: Tensor, most: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def singular_triplets(
+    matrix: Tensor, most: int | None = None, *, beside: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     r"""Return the leading singular vectors and values of a matrix, without those that are nothing but rounding.
 
     .. math:: M \approx U \Sigma V^\top
@@ -97,11 +103,15 @@ def singular_triplets(matrix: Tensor, most: int | None = None) -> tuple[Tensor, 
     Args:
         matrix: M.
         most: how many at most; by default all.
+        beside: what M was formed from by taking something away: what is rounding of that is rounding of M.
 
     Shape:
         (O, I) → U (O, k), Σ (k,), V (I, k).
     """
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     smallest = torch.finfo(matrix.dtype).eps * max(matrix.shape) ** 0.5 * values[:1]
-    kept = int((values > smallest).sum()) if most is None else min(most, int((values > smallest).sum()))
+    if beside is not None:
+        smallest = torch.maximum(smallest, _LEFT_OVER * torch.linalg.matrix_norm(beside))
+    found = int((values > smallest).sum())
+    kept = found if most is None else min(most, found)
     return left[:, :kept], values[:kept], right[:kept].T

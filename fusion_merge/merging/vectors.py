@@ -81,10 +81,18 @@ class TaskVectors(Mapping[str, Tensor]):
             name: the tensor's.
             pretrained: its value in the pretrained model.
         """
-        stacked = torch.stack([state[name].to(pretrained) - pretrained for state in self._finetuned])  # (N, …)
+        stacked = torch.stack([self._difference(state, name, pretrained) for state in self._finetuned])  # (N, …)
         for change in self._changes:
             stacked = change(name, stacked)
         return stacked
+
+    def _difference(self, state: State, name: str, pretrained: Tensor) -> Tensor:
+        """Return one task vector: the product of its factors where it has them, as that is exactly of low rank."""
+        factors = getattr(state, "factors", None)
+        if factors is None or getattr(state, "pretrained", None) is not self._pretrained:
+            return state[name].to(pretrained) - pretrained
+        parts = factors(name)
+        return state[name].to(pretrained) - pretrained if parts is None else (parts[0] @ parts[1]).to(pretrained)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.beside(name, self._pretrained[name])

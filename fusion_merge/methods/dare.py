@@ -58,7 +58,8 @@ class DareAlgorithm(StaticMethod):
     def __post_init__(self) -> None:
         """Check all options, those of TIES-merging as it does."""
         super().__post_init__()
-        TiesMergingAlgorithm(threshold=self.threshold)
+        if self.merging == "ties_merging":
+            TiesMergingAlgorithm(threshold=self.threshold)
         if self.remove_keys and self.merging != "ties_merging":
             raise ConfigError(
                 f"`remove_keys`={self.remove_keys!r} goes with `merging`=ties_merging, not {self.merging}; leave it out"

@@ -57,8 +57,8 @@ class SmileAlgorithm(Method):
 
     def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
         """See `Method.check`: also ranks and number of experts against the pool."""
-        self._check_shapes(modelpool.config(), len(modelpool.model_names))
         super().check(modelpool, taskpool)
+        self._check_shapes(modelpool.config(), len(modelpool.model_names))
 
     def run(
         self,

@@ -152,13 +152,28 @@ def projection_layer(
     for vector in task_vectors:
         first, second = vector.truncated_svd(max(rank, gate_rank) if gate_on_difference else rank, device)
         toward = second if gate_on_difference else truncated_svd(base.weight + vector.weight, gate_rank, device)[1]
-        changes = bool(vector.weight.any())
-        gates.append(F.normalize(toward[:gate_rank], dim=1) if changes else torch.zeros_like(toward[:gate_rank]))
+        gates.append(_directions(toward[:gate_rank], base.weight, changes=bool(vector.weight.any())))
         lefts.append(first[:, :rank])
         rights.append(second[:rank])
         biases.append(vector.bias)
     left, right, gate, bias = (torch.stack(part) for part in (lefts, rights, gates, biases))
     return ProjectionMoELinear(base, left, right, gate, bias, top_k)
+
+
+def _directions(scaled: Tensor, weight: Tensor, *, changes: bool) -> Tensor:
+    """Return right singular vectors at unit length: zeros for those that are rounding, of which there is no direction.
+
+    A task vector is a difference of weights, and as exact as these are.
+
+    Args:
+        scaled: right singular vectors, scaled by their singular values, (g, I).
+        weight: the pretrained weight, (O, I).
+        changes: whether the expert changes the weight at all.
+    """
+    values = scaled.norm(dim=1, keepdim=True)  # (g, 1)
+    rounding = torch.finfo(torch.float32).eps * max(weight.shape) ** 0.5
+    known = values > rounding * torch.maximum(values.max(), weight.abs().max())
+    return torch.where(known & changes, F.normalize(scaled, dim=1), torch.zeros_like(scaled))
 
 
 def upcycle_linears(

@@ -45,7 +45,7 @@ def adaptation_pools(
         else:
             raise ConfigError(
                 f"adaptation needs images of `{name}`: neither the model pool's `test_datasets` nor the task pool "
-                "has that task; add it to one of them, or load adapted routers with `checkpoint`"
+                "has that task; add it to one of them"
             )
     if taskpool is not None:
         modelpool.lend_pretrained(taskpool)

@@ -303,24 +303,29 @@ class Analysis:
         rows: list[Row] = []
         for value, program in zip(self.values, self.runs, strict=True):
             rows.append(measured(program, f"{swept.option}={value:g}", fabric)[0])
-        energies = self._energies() if self.name == "rank" else None
+            record = getattr(program.method, "record", None)
+            if record is not None and record.interrupted:
+                log.warning("interrupted: %d of %d values", len(rows), len(self.values))
+                break
+        values = self.values[: len(rows)]
+        energies = self._energies(values) if self.name == "rank" else None
         lines: Lines = []
-        for index, (value, row) in enumerate(zip(self.values, rows, strict=True)):
+        for index, (value, row) in enumerate(zip(values, rows, strict=True)):
             scores = {"average": row.average(tasks), **row.accuracies}
             line = {swept.option: value, **scores, "stored": row.stored, "megabytes": row.megabytes}
             lines.append(line | ({"explained_energy": energies[index]} if energies is not None else {}))
         if fabric.is_global_zero:
             path = self._picture(fabric)
-            plots.sweep_picture(path, self.values, rows, tasks, label=swept.label, energies=energies)
+            plots.sweep_picture(path, values, rows, tasks, label=swept.label, energies=energies)
             log.info("\naccuracy in percent\n%s\n\n%s", accuracies_table(rows, tasks), costs_table(rows, tasks))
             for note in comparison_notes(rows):
                 log.warning("%s", note)
         return self._write(lines, {"rows": plain_rows(rows, tasks), **self._about_method()}, fabric)
 
-    def _energies(self) -> list[float]:
+    def _energies(self, values: Sequence[float]) -> list[float]:
         """Return the explained energy of each rank, the mean over tasks."""
         pretrained = self._models.state(PRETRAINED)
-        ranks = [int(value) for value in self.values]
+        ranks = [int(value) for value in values]
         names = tqdm(self._models.model_names, desc="explained energy", unit="model", disable=None)
         found = [explained_energy(pretrained, self._models.state(name), ranks) for name in names]
         return [sum(values) / len(values) for values in zip(*found, strict=True)]

@@ -227,7 +227,7 @@ class Comparison:
         about: Report = {
             "command": self.command,
             "seed": self.config["seed"],
-            "batch_size": len(self._pixels) if any(row.cost for row in rows) else self.batch_size,
+            "batch_size": len(self._pixels) if "_pixels" in vars(self) else self.batch_size,
             "device": str(fabric.device),
             "models": {n: self.usual.modelpool.describe(n) for n in self.usual.modelpool.all_model_names},
             "reports": {name: f"{self._folder(name).name}/report.md" for name in made},

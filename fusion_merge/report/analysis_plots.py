@@ -174,7 +174,7 @@ def sweep_picture(
         for index, (task, colour) in enumerate(zip(tasks, colours(len(tasks)), strict=True)):
             scores = [100 * row.accuracies.get(task, math.nan) for row in rows]
             axis.plot(xs, scores, color=colour, linestyle=LINES[index % len(LINES)], linewidth=1.1, label=task)
-        averages = [100 * (row.average(tasks) or math.nan) for row in rows]
+        averages = [math.nan if (a := row.average(tasks)) is None else 100 * a for row in rows]
         axis.plot(xs, averages, color="black", marker="o", linewidth=2.4, label="average")
         axis.set_ylabel("accuracy, %" if axis is axes[0] else "", fontsize=9)
     axes[0].set_xticks(places, [f"{value:g}" if value != -1 else "full" for value in values])

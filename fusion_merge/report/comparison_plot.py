@@ -20,7 +20,9 @@ def comparison_picture(path: Path, rows: Sequence[Row], tasks: Sequence[str]) ->
         tasks: the tasks that are averaged over.
     """
     averages = [row.average(tasks) for row in rows]
-    shown = [(row, row.megabytes, 100 * a) for row, a in zip(rows, averages, strict=True) if a and row.megabytes]
+    shown = [
+        (row, row.megabytes, 100 * a) for row, a in zip(rows, averages, strict=True) if a is not None and row.megabytes
+    ]
     figure, (axis,) = new_figure((7.0, 4.6))
     looks = dict(zip(KINDS, zip(MARKERS, colours(len(KINDS)), strict=False), strict=True))
     for kind, (marker, colour) in looks.items():

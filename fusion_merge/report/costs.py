@@ -165,5 +165,5 @@ def _pass(module: nn.Module, batch: Tensor, placement: Placement) -> float:
 
 
 def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fusion_merge.models.clip import pooled_output
 from fusion_merge.models.merged import MergedCLIPVisionModel
@@ -74,6 +73,8 @@ def mean_weights(records: Mapping[str, list[Tensor]], num_tasks: int) -> dict[st
 def first_choices(records: Mapping[str, list[Tensor]], num_tasks: int) -> dict[str, Tensor]:
     r"""Return the share of each task's images whose largest coefficient is one of each task's experts, layer by layer.
 
+    Where several are equally large, they share the image.
+
     .. math:: C_{t, l, n} = \frac{1}{B_t} \sum_{x \in t} \big[\operatorname{task}(\arg\max_k g_{l,k}(x)) = n\big]
 
     Args:
@@ -85,8 +86,9 @@ def first_choices(records: Mapping[str, list[Tensor]], num_tasks: int) -> dict[s
     """
     chosen = {}
     for name, layers in records.items():
-        experts = [layer.argmax(dim=1) // (layer.shape[1] // num_tasks) for layer in layers]  # (B,)
-        chosen[name] = torch.stack([F.one_hot(e, num_tasks).double().mean(dim=0) for e in experts])  # (L, N)
+        largest = [(layer == layer.amax(dim=1, keepdim=True)).double() for layer in layers]  # (B, K)
+        shares = [hits / hits.sum(dim=1, keepdim=True) for hits in largest]
+        chosen[name] = torch.stack([s.view(len(s), num_tasks, -1).sum(dim=2).mean(dim=0) for s in shares])  # (L, N)
     return chosen
 
 

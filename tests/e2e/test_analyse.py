@@ -108,6 +108,26 @@ def test_the_largest_coefficient_decides():
     assert first_choices(records, 4)["cats"].tolist() == [pytest.approx([1 / 3, 0, 1 / 3, 1 / 3])]
 
 
+def test_experts_that_are_equally_large_share_the_image():
+    records = {"cats": [torch.tensor([[0.3, 0.3, 0.3, 0.1], [0.3, 0.3, 0.3, 0.3]])]}
+    assert first_choices(records, 2)["cats"].tolist() == [pytest.approx([(2 / 3 + 1 / 2) / 2, (1 / 3 + 1 / 2) / 2])]
+
+
+def test_an_interrupt_ends_a_sweep_and_keeps_what_is_done(pool_dir, tmp_path, monkeypatch):
+    from fusion_merge.protocols import analyses
+
+    def interrupted(program, name, fabric):
+        row, model = measured(program, name, fabric)
+        program.method.record.interrupted = True
+        return row, model
+
+    measured = analyses.measured
+    monkeypatch.setattr(analyses, "measured", interrupted)
+    done = analysed(pool_dir, tmp_path, "sparsity", "analyse.values=[0.5,0.9]", *QUICK)
+    assert [line["tv_prune_ratio"] for line in lines_in(tmp_path / "out", "sparsity")] == ["0.5"]
+    assert "1 of 2 values" in done.out + done.err
+
+
 def test_variation_needs_no_images_and_agrees_with_torch(pool_dir, tmp_path):
     models = own_pool(pool_dir)[:2]
     done = run_cli("analyse", "variation", *models, "taskpool=dummy", "output_dir=out", cwd=tmp_path)

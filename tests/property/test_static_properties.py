@@ -259,6 +259,19 @@ def test_directions_that_nothing_moves_in_are_not_made_up(seed, rank):
         assert torch.equal(merged, torch.zeros(3, 4))
 
 
+@few
+@given(seeds, st.integers(1, 6))
+def test_task_vectors_of_low_rank_are_merged_within_the_directions_that_they_have(seed, rank):
+    """Below the common space's rank, and above it: what is left beside that space may be nothing but rounding."""
+    parts = [(draw(seed + n, 24, rank), draw(seed + 9 + n, rank, 32)) for n in range(3)]
+    stacked = torch.stack([left @ right for left, right in parts])
+    columns = torch.linalg.qr(torch.cat([left for left, _ in parts], dim=1)).Q
+    rows = torch.linalg.qr(torch.cat([right for _, right in parts]).T).Q
+    for merged in (iso_c(stacked.sum(dim=0)), iso_cts(stacked, 0.8), tsv_merge(stacked)):
+        beside = merged - columns @ (columns.T @ merged @ rows) @ rows.T
+        assert beside.norm() <= 1e-3 * merged.norm()
+
+
 def test_more_directions_than_there_are_are_not_given_to_tasks():
     assert iso_cts(draw(0, 2, 3, 5), 0.0).isfinite().all()  # half of 3 for each would be rounded up to 2
 

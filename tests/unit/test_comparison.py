@@ -166,6 +166,9 @@ def test_the_picture_leaves_out_what_has_no_size_or_average(tmp_path: Path):
         ("compare method=[a,b] seed=1", "command=compare seed=1 compare.methods=[a,b]"),
         ("compare method=a,b", "command=compare compare.methods=[a,b]"),
         ("compare --help", "command=compare --help"),
+        ("compare seed=1 a b", "command=compare seed=1 compare.methods=[a,b]"),
+        ("compare --config-dir own a", "command=compare --config-dir own compare.methods=[a]"),
+        ("analyse seed=1 routing", "command=analyse analyse.name=routing seed=1"),
         ("analyze variation", "command=analyse analyse.name=variation"),
         ("analyse sparsity seed=1", "command=analyse analyse.name=sparsity seed=1 method=e_wemoe"),
         ("analyse rank method=x", "command=analyse analyse.name=rank method=x"),
@@ -175,6 +178,11 @@ def test_the_picture_leaves_out_what_has_no_size_or_average(tmp_path: Path):
 )
 def test_words_after_a_command_are_options(typed, expected):
     assert spell_out(typed.split()) == expected.split()
+
+
+def test_methods_named_in_two_places_are_refused():
+    with pytest.raises(ConfigError, match=r"`compare.methods=\[b\]` and a: name the methods in one place"):
+        spell_out(["compare", "a", "compare.methods=[b]"])
 
 
 def test_both_spellings_are_one_command():

@@ -40,7 +40,9 @@ def row(text: str, name: str) -> list[str]:
 def test_every_option_of_every_method_has_type_default_and_meaning(name):
     cls = get_method(name)
     options = options_of(cls)
-    assert [o.name for o in options] == [f.name for f in dataclasses.fields(cls) if f.init]
+    assert sorted(o.name for o in options) == sorted(f.name for f in dataclasses.fields(cls) if f.init)
+    own = [name for name in cls.__annotations__ if name in {o.name for o in options}]
+    assert {o.name for o in options[: len(own) + 1]} == {"name", *own}  # its own first
     assert all(o.type and o.meaning for o in options)
     assert summary(cls)
     table = options_table(cls)

@@ -20,10 +20,15 @@ from transformers import CLIPModel, CLIPVisionModel
 from fusion_merge import (
     CLIPVisionModelPool,
     EWEMoEAlgorithm,
+    IsoCAlgorithm,
+    IsoCTSAlgorithm,
+    LayerWiseAdaMergingAlgorithm,
     RankOneMoEAlgorithm,
     SimpleAverageAlgorithm,
+    SmileAlgorithm,
     TaskArithmeticAlgorithm,
     TiesMergingAlgorithm,
+    TSVMAlgorithm,
     WEMoEAlgorithm,
 )
 from fusion_merge.errors import ConfigError, ModelError
@@ -482,6 +487,11 @@ METHODS = {
     "task_arithmetic": lambda: TaskArithmeticAlgorithm(),
     "simple_average": lambda: SimpleAverageAlgorithm(),
     "ties_merging": lambda: TiesMergingAlgorithm(threshold=100),
+    "tsv_m": lambda: TSVMAlgorithm(),
+    "iso_c": lambda: IsoCAlgorithm(scaling_factor=0.3),
+    "iso_cts": lambda: IsoCTSAlgorithm(scaling_factor=0.3),
+    "smile": lambda: SmileAlgorithm(k=4, gate_k=8),
+    "layer_wise_adamerging": lambda: LayerWiseAdaMergingAlgorithm(max_steps=0),
 }
 
 

@@ -91,6 +91,21 @@ def test_an_expert_that_changes_nothing_is_not_preferred():
     assert (made.scores(tokens(20)).argmax(dim=-1) != 1).all()
 
 
+def test_directions_that_are_nothing_but_rounding_attract_no_token():
+    """A LoRA adapter, which knows its rank, and the same weights in a file give the same choices."""
+    generator = torch.Generator().manual_seed(0)
+    base = random_linear(32, 40)
+    factors = [(torch.randn(40, 3, generator=generator), torch.randn(3, 32, generator=generator)) for _ in range(N)]
+    exact = [TaskVector(left @ right, torch.zeros(40), (left, right)) for left, right in factors]
+    rounded = [TaskVector((base.weight + v.weight) - base.weight, v.bias) for v in exact]
+    made = [projection_layer(base, v, rank=3, gate_rank=8, top_k=1) for v in (exact, rounded)]
+    for layer_made in made:
+        assert ((layer_made.gate.norm(dim=2) - 1).abs() < 1e-5).sum() == 3 * N
+        assert (layer_made.gate[:, 3:] == 0).all()
+    x = torch.randn(50, 32, generator=generator)
+    torch.testing.assert_close(made[0](x), made[1](x), rtol=1e-3, atol=1e-3)
+
+
 def test_more_experts_than_there_are_cannot_be_taken():
     with pytest.raises(ConfigError, match="`top_k`=4 is not in 1-3"):
         layer(top_k=4)

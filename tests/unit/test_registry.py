@@ -64,6 +64,8 @@ def test_every_method_file_registers_a_method():
         "__init__",
         "base",
         "built_once",
+        "adamerging_base",
+        "adapted_base",
         "moe_base",
         "static_base",
     }

@@ -136,7 +136,7 @@ def test_dare_refuses_what_its_merging_does_not_take():
 def test_paths_of_fusion_bench_are_presets(method, expected, tmp_path):
     import yaml
 
-    done = run_cli(f"method={method}", "--cfg", "job", cwd=tmp_path)
+    done = run_cli(f"method={method}", "modelpool=clip_vision", "--cfg", "job", cwd=tmp_path)
     found = yaml.safe_load(done.out)["method"]
     assert {key: found[key] for key in expected} == expected
 
