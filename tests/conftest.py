@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import numpy as np
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
 
 pytest.register_assert_rewrite("helpers", "hub", "runs")
 
@@ -29,6 +31,14 @@ from fusion_merge.models.clip import build_tower, module_config, module_state, s
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)  # the models are tiny
+
+
+@pytest.fixture
+def only_hydra_s_own_presets(monkeypatch):
+    """Take away what our command line stored with Hydra in this process: as in a process of another program."""
+    store = ConfigStore.instance()
+    own = {name: node for name, node in store.repo.items() if name == "hydra" or name.startswith("_")}
+    monkeypatch.setattr(store, "repo", copy.deepcopy(own))
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,9 @@ MERGING = [n for n, text in merging_presets().items() if "_target_" in text and 
 QUICK = ("method.max_steps=5", "method.batch_size=8", "seed=0")
 
 
+pytestmark = pytest.mark.usefixtures("only_hydra_s_own_presets")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _fusion_bench() -> None:
     upstream.import_plugin()

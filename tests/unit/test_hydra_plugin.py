@@ -36,8 +36,9 @@ def _clean_hydra():
 
 
 @pytest.fixture
-def program(tmp_path) -> Path:
+def program(tmp_path, only_hydra_s_own_presets, monkeypatch) -> Path:
     """The configuration of a program of somebody else's, with the keys that fusion_bench's has."""
+    monkeypatch.delitem(sys.modules, "fusion_bench", raising=False)  # which other tests may have imported
     (tmp_path / "method").mkdir()
     (tmp_path / "method" / "dummy.yaml").write_text("_target_: theirs.Dummy\n")
     (tmp_path / "program.yaml").write_text("defaults: [{method: dummy}, _self_]\nseed: null\nfast_dev_run: false\n")
@@ -45,7 +46,7 @@ def program(tmp_path) -> Path:
 
 
 @pytest.fixture
-def in_fusion_bench(monkeypatch):
+def in_fusion_bench(monkeypatch, program):
     monkeypatch.setitem(sys.modules, "fusion_bench", ModuleType("fusion_bench"))
 
 
