@@ -19,6 +19,9 @@ _SAFE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999
 _MANY = 100
 """Cells of a heatmap that can still be read with their values in them."""
 
+_STACK = 4
+"""From so many points on, labels of points above one another stand in a column."""
+
 Box = tuple[float, float, float, float]
 """Left, bottom, right and top, in pixels."""
 
@@ -137,30 +140,75 @@ def label_points(axis: Any, points: Sequence[tuple[float, float]], labels: Seque
     """
     figure = axis.figure
     figure.canvas.draw()  # lays out
-    scale = figure.dpi / 72
     inside: Box = (axis.bbox.x0, axis.bbox.y0, axis.bbox.x1, axis.bbox.y1)
-    pixels = [tuple(axis.transData.transform(point)) for point in points]
-    radius = 5 * scale
+    pixels: list[tuple[float, float]] = [tuple(axis.transData.transform(point)) for point in points]
+    radius = 5 * figure.dpi / 72
     taken: list[Box] = [(x - radius, y - radius, x + radius, y + radius) for x, y in pixels]
+    texts = [_annotation(axis, label, point, font) for label, point in zip(labels, points, strict=True)]
+    drawn = [text.get_window_extent(figure.canvas.get_renderer()) for text in texts]
+    sizes = [(box.width, box.height) for box in drawn]
+    places: dict[int, tuple[float, float]] = {}
+    for stack in _stacks(pixels, radius, max((height for _, height in sizes), default=0.0)):
+        column = _column(stack, pixels, sizes, radius, taken, inside)
+        places |= column
+        taken += [_box(column[index], sizes[index]) for index in column]
     for index in sorted(range(len(points)), key=lambda i: -pixels[i][1]):
-        text = axis.annotate(
-            labels[index],
-            points[index],
-            xytext=(0, 0),
-            textcoords="offset pixels",
-            fontsize=font,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": "0.4", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
-        )
-        box = text.get_window_extent(figure.canvas.get_renderer())
-        width, height = box.width, box.height
+        if index not in places:
+            places[index] = _place(*pixels[index], *sizes[index], radius, taken, inside)
+            taken.append(_box(places[index], sizes[index]))
+    for index, (left, bottom) in places.items():
+        (x, y), (width, height) = pixels[index], sizes[index]
+        texts[index].set_position((left - x, bottom + height / 2 - y))
+        beside = min(abs(left - x - radius), abs(left + width + radius - x)) < 1.5 * radius
+        if beside and abs(bottom + height / 2 - y) < height:
+            texts[index].arrow_patch.set_visible(False)
+
+
+def _annotation(axis: Any, label: str, point: tuple[float, float], font: float) -> Any:
+    """Return a label with a line to its point; its place is still to be set."""
+    line = {"arrowstyle": "-", "color": "0.4", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
+    return axis.annotate(
+        label, point, xytext=(0, 0), textcoords="offset pixels", fontsize=font, va="center", arrowprops=line
+    )
+
+
+def _stacks(pixels: Sequence[tuple[float, float]], radius: float, height: float) -> list[list[int]]:
+    """Return groups of at least four points above one another, too close for a label beside each; highest first."""
+    stacks: list[list[int]] = []
+    for index in sorted(range(len(pixels)), key=lambda i: (round(pixels[i][0] / (2 * radius)), -pixels[i][1])):
         x, y = pixels[index]
-        moved = _place(x, y, width, height, radius, taken, inside)
-        taken.append((moved[0], moved[1], moved[0] + width, moved[1] + height))
-        text.set_position((moved[0] - x, moved[1] + height / 2 - y))
-        beside = min(abs(moved[0] - x - radius), abs(moved[0] + width + radius - x)) < 1.5 * radius
-        if beside and abs(moved[1] + height / 2 - y) < height:
-            text.arrow_patch.set_visible(False)
+        above = pixels[stacks[-1][-1]] if stacks else (math.inf, math.inf)
+        if abs(above[0] - x) <= 2 * radius and above[1] - y < 1.2 * height:
+            stacks[-1].append(index)
+        else:
+            stacks.append([index])
+    return [stack for stack in stacks if len(stack) >= _STACK]
+
+
+def _column(
+    stack: Sequence[int],
+    pixels: Sequence[tuple[float, float]],
+    sizes: Sequence[tuple[float, float]],
+    radius: float,
+    taken: Sequence[Box],
+    inside: Box,
+) -> dict[int, tuple[float, float]]:
+    """Return the left lower corners of labels in a column to the right of a stack, in its order; none without room."""
+    step = 1.1 * max(sizes[index][1] for index in stack)
+    middle = sum(pixels[index][1] for index in stack) / len(stack)
+    middle = min(max(middle, inside[1] + step * len(stack) / 2), inside[3] - step * len(stack) / 2)
+    right = max(pixels[index][0] for index in stack)
+    for distance in (4, 6, 9, 13):
+        bottoms = [middle + step * (len(stack) / 2 - row - 1) for row in range(len(stack))]
+        found = {index: (right + distance * radius, bottom) for index, bottom in zip(stack, bottoms, strict=True)}
+        boxes = [_box(found[index], sizes[index]) for index in stack]
+        if all(_within(box, inside) and not any(_overlap(box, other) for other in taken) for box in boxes):
+            return found
+    return {}
+
+
+def _box(corner: tuple[float, float], size: tuple[float, float]) -> Box:
+    return (corner[0], corner[1], corner[0] + size[0], corner[1] + size[1])
 
 
 def _place(
