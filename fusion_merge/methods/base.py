@@ -59,7 +59,9 @@ class Method(ABC):
         names = registry.names_of(type(self))
         if self.name is not None and names and self.name not in names and registry.is_registered(self.name):
             other = registry.get_method(self.name).method_name
-            raise ConfigError(f"`name`={self.name!r} is a name of another method; choose `method={other}`")
+            raise ConfigError(
+                f"`name`={self.name!r} is a name of `{other}`, not of `{self.method_name}`; choose `method={other}`"
+            )
         if self.name is not None and names and self.name not in names:
             raise ConfigError(
                 f"`name`={self.name!r} is not a name of `{self.method_name}`; {nearest(self.name, names)}"

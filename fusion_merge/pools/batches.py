@@ -6,6 +6,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from fusion_merge.errors import BadImageError, DataError, FusionMergeError, reas
 from fusion_merge.pools.images import OnBadImage, TaskImages
 
 log = logging.getLogger(__name__)
+
+_GRACE = 1.0  # seconds between the end of a connection and that of the process at its other end
 
 
 class ImageBatch(NamedTuple):
@@ -82,6 +85,12 @@ class LoadedBatches(Iterator[Any]):
         """The worker processes; none once they are closed."""
         return list(getattr(self._batches, "_workers", ()))
 
+    def _has_lost_a_worker(self) -> bool:
+        try:
+            return bool(wait([worker.sentinel for worker in self.workers], timeout=_GRACE))
+        except RuntimeError:  # torch says so when it is told of the end, wherever the program is then
+            return True
+
     def close(self) -> None:
         """End the worker processes now, rather than when nothing refers to them any more."""
         shut_down = getattr(self._batches, "_shutdown_workers", None)
@@ -96,9 +105,10 @@ class LoadedBatches(Iterator[Any]):
         while True:
             try:
                 batch: ImageBatch = next(self._batches)
-            except RuntimeError as error:
+            except (RuntimeError, EOFError, ConnectionError) as error:
+                cut_off = not isinstance(error, RuntimeError) and self._has_lost_a_worker()  # in the middle of a batch
                 self.close()
-                if "DataLoader worker" not in str(error):
+                if not cut_off and "DataLoader worker" not in str(error):
                     raise
                 raise DataError(
                     f"a worker process that reads images of `{name}` has ended ({reason(error)}); it may lack memory: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,14 @@ def test_removed_tensors_stay_pretrained_and_do_not_count(modelpool):
 
 
 @pytest.mark.parametrize(("threshold", "way_out"), [(0.2, "give 20 if"), (1, "give 100 if")])
-@pytest.mark.parametrize("method", [TiesMergingAlgorithm, DareAlgorithm])
+@pytest.mark.parametrize("method", [TiesMergingAlgorithm, partial(DareAlgorithm, merging="ties_merging")])
 def test_a_threshold_that_may_be_a_share_is_refused(method, threshold, way_out):
     with pytest.raises(ConfigError, match=rf"`threshold`=.* is a percentage here, but a share .*{way_out}"):
         method(threshold=threshold)
+
+
+def test_a_threshold_that_takes_no_part_is_let_be():
+    assert DareAlgorithm(merging="task_arithmetic", threshold=0.5).threshold == 0.5
 
 
 def test_dare_that_drops_nothing_is_the_merge_itself(modelpool):

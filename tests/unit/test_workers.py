@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -48,6 +49,7 @@ def test_more_workers_than_images_do_no_harm():
     assert list(evaluation_loader(images_of(2), 5, workers=9, placement=Placement(rank=1, world_size=2))) == []
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch opens files to see if it can
 def test_killed_worker_ends_the_run_with_a_way_out():
     batches = iter(adaptation_loader(images_of(4), 2, 0, workers=2, placement=Placement()))
     next(batches)
@@ -57,6 +59,29 @@ def test_killed_worker_ends_the_run_with_a_way_out():
         list(islice(batches, 50))
     assert wait_for(lambda: not any(worker.is_alive() for worker in workers))
     assert list(batches) == []
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_connection_that_ends_with_its_worker_says_that_the_worker_ended(killed):
+    batches = iter(adaptation_loader(images_of(4), 2, 0, workers=2, placement=Placement()))
+    next(batches)
+    worker = batches.workers[0]
+    if killed:
+        os.kill(worker.pid, signal.SIGKILL)
+        with contextlib.suppress(RuntimeError):  # torch says so wherever the program is
+            wait_for(lambda: not worker.is_alive())
+        assert not worker.is_alive()
+    inner = batches._batches
+
+    class Broken:
+        _shutdown_workers, _workers = inner._shutdown_workers, inner._workers
+
+        def __next__(self):
+            raise EOFError("the other end is gone")
+
+    batches._batches = Broken()
+    with pytest.raises(DataError if killed else EOFError, match="worker process.*`num_workers`" if killed else "gone"):
+        next(batches)
 
 
 def test_evaluation_leaves_no_worker_behind():
