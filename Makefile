@@ -52,5 +52,5 @@ $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(TRANSFORMERS4)/.installed: pyproject.toml constraints-transformers4.txt
 	$(PYTHON) -m venv $(TRANSFORMERS4)
-	$(TRANSFORMERS4)/bin/python -m pip install --disable-pip-version-check -q -c constraints-transformers4.txt -e '.[test,fusion_bench]'
+	$(TRANSFORMERS4)/bin/python -m pip install --disable-pip-version-check -q -c constraints-transformers4.txt -e '.[test,upstream]'
 	touch $@
