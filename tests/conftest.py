@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 
 pytest.register_assert_rewrite("helpers", "hub", "runs")
 
@@ -36,6 +37,7 @@ def _one_thread():
 @pytest.fixture
 def only_hydra_s_own_presets(monkeypatch):
     """Take away what our command line stored with Hydra in this process: as in a process of another program."""
+    Plugins.instance().discover()  # Hydra's own plugins store theirs when they are imported, and only then
     store = ConfigStore.instance()
     own = {name: node for name, node in store.repo.items() if name == "hydra" or name.startswith("_")}
     monkeypatch.setattr(store, "repo", copy.deepcopy(own))
