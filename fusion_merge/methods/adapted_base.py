@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
@@ -21,7 +21,7 @@ from fusion_merge.files import check_writable
 from fusion_merge.methods.base import Method
 from fusion_merge.models.clip_config import plain_config
 from fusion_merge.options import option
-from fusion_merge.pools.adaptation_pools import TTA_SPLITS, adaptation_pools
+from fusion_merge.pools.adaptation_pools import TTA_SPLITS
 from fusion_merge.pools.model_pool import CLIPVisionModelPool
 from fusion_merge.pools.revisions import adapted_origins
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
@@ -108,24 +108,6 @@ class AdaptedMethod(Method):
             keep: where the adapted parameters were saved, if they were, by this process.
         """
         return model
-
-    def adaptation_pools(
-        self,
-        modelpool: CLIPVisionModelPool,
-        taskpool: CLIPVisionModelTaskPool | None = None,
-        names: Sequence[str] | None = None,
-    ) -> dict[str, CLIPVisionModelTaskPool]:
-        """Return, for each task, the pool whose images are adapted on.
-
-        Args:
-            modelpool: the models.
-            taskpool: what is scored, if there is any.
-            names: which tasks; by default all.
-
-        Raises:
-            FusionMergeError: if a task has no such images.
-        """
-        return adaptation_pools(modelpool, taskpool, self.tta_split, names)
 
     def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
         """See `Method.check`: also the images to adapt on, or the checkpoint to load instead."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +15,7 @@ from fusion_merge import registry
 from fusion_merge.errors import ConfigError, nearest
 from fusion_merge.models.task_models import TaskModels
 from fusion_merge.options import check_options, option
+from fusion_merge.pools.adaptation_pools import adaptation_pools
 from fusion_merge.pools.foreign import own_pool
 from fusion_merge.pools.model_pool import CLIPVisionModelPool
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
@@ -99,6 +100,24 @@ class Method(ABC):
         Raises:
             FusionMergeError: if the pool does not fit.
         """
+
+    def adaptation_pools(
+        self,
+        modelpool: CLIPVisionModelPool,
+        taskpool: CLIPVisionModelTaskPool | None = None,
+        names: Sequence[str] | None = None,
+    ) -> dict[str, CLIPVisionModelTaskPool]:
+        """Return, for each task, the pool whose images are adapted on, or looked at.
+
+        Args:
+            modelpool: the models.
+            taskpool: what is scored, if there is any.
+            names: which tasks; by default all.
+
+        Raises:
+            FusionMergeError: if a task has no such images.
+        """
+        return adaptation_pools(modelpool, taskpool, getattr(self, "tta_split", "test"), names)
 
     def skeleton(self, config: CLIPVisionConfig, num_tasks: int) -> nn.Module | None:
         """Return the model that `run` would give on the meta device, its shapes alone; None for a plain tower.

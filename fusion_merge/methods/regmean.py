@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -18,7 +18,7 @@ from fusion_merge.methods.static_base import StaticMethod
 from fusion_merge.models.clip import vision_backbone
 from fusion_merge.models.tensor_names import linear_weights
 from fusion_merge.options import option
-from fusion_merge.pools.adaptation_pools import TTA_SPLITS, adaptation_pools
+from fusion_merge.pools.adaptation_pools import TTA_SPLITS
 from fusion_merge.pools.batches import LoadedBatches
 from fusion_merge.pools.loaders import Placement, adaptation_loader, fitting_workers
 from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
@@ -89,21 +89,6 @@ class RegMeanAlgorithm(StaticMethod):
     def loading(self) -> dict[str, int]:
         """`batch_size` and `num_workers`, from either place."""
         return {key: getattr(self, key) for key in _LOADING} | (self.dataloader_kwargs or {})
-
-    def adaptation_pools(
-        self,
-        modelpool: CLIPVisionModelPool,
-        taskpool: CLIPVisionModelTaskPool | None = None,
-        names: Sequence[str] | None = None,
-    ) -> dict[str, CLIPVisionModelTaskPool]:
-        """Return, for each task, the pool whose images are looked at; see `MoEMethod.adaptation_pools`.
-
-        Args:
-            modelpool: the models.
-            taskpool: what is scored, if there is any.
-            names: which tasks; by default all.
-        """
-        return adaptation_pools(modelpool, taskpool, self.tta_split, names)
 
     def check_fit(self, modelpool: CLIPVisionModelPool) -> None:
         """See `StaticMethod.check_fit`: whether each expression matches a name."""

@@ -114,6 +114,11 @@ class Analysis:
         if self.saved is not None and self.name not in self._of_a_routed_model:
             raise ConfigError(f"`analyse.model`={self.saved!r}: `{self.name}` looks at no saved model; leave it out")
         swept = SWEPT.get(self.name)
+        if swept and self.config["merged_model_save_path"]:
+            raise ConfigError(
+                f"`merged_model_save_path`={self.config['merged_model_save_path']!r}: `{self.name}` makes one model a "
+                "value, and keeps none; leave it out"
+            )
         self.values: list[float] = list(dict.fromkeys(values or (swept.values if swept else ())))
         for value in self.values:
             if swept and swept.whole and value != int(value):

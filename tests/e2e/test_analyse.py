@@ -222,6 +222,7 @@ def test_dry_run_and_plan_compute_nothing(pool_dir, tmp_path):
         (["loss", "method=wemoe", "method.checkpoint=x"], ["`method.checkpoint`"]),
         (["sparsity", "method=wemoe"], ["`tv_prune_ratio`", "`wemoe` has not"]),
         (["sparsity", "analyse.values=[1.5]"], ["`tv_prune_ratio`=1.5"]),
+        (["sparsity", "merged_model_save_path=kept"], ["`merged_model_save_path`='kept'", "keeps none"]),
         (["sparsity", "analyse.values=[]"], ["`analyse.values`=[]"]),
         (["rank", "analyse.values=[1.5]"], ["`analyse.values` has 1.5", "whole number"]),
         (["rank", "analyse.values=[4,64]"], ["`rank_k`=64"]),
