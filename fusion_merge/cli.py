@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fusion_merge.commands import find_command, overrides_first, spell_out
-from fusion_merge.errors import ConfigError, FusionMergeError, nearest, reason
+from fusion_merge.errors import ConfigError, FusionMergeError, LostProcessError, nearest, reason
 from fusion_merge.explanations import GROUPS, choices, explain, first_choice
 from fusion_merge.help import help_text
 from fusion_merge.options import LARGEST
@@ -159,10 +159,20 @@ def _messages(tracebacks: bool) -> Iterator[None]:
         if tracebacks:
             raise
         sys.stderr.write(f"error: {explain(error)}\n")
+        if isinstance(error, LostProcessError):
+            _leave_at_once()
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
+
+
+def _leave_at_once() -> None:
+    """End without what an interpreter does at its end: it waits for threads, and those of torch may wait for the dead."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _run(config: DictConfig) -> tuple[Path, int]:

@@ -38,6 +38,10 @@ class ProcessError(FusionMergeError, RuntimeError):
     """Another of several processes failed, so that this one cannot go on."""
 
 
+class LostProcessError(ProcessError):
+    """Another of several processes is gone without a word; whatever waits for it, waits in vain."""
+
+
 def reason(error: BaseException) -> str:
     """Return the first line of an error's message, or its kind where it has none.
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import distributed
 
-from fusion_merge.errors import FusionMergeError, ProcessError, reason
+from fusion_merge.errors import FusionMergeError, LostProcessError, ProcessError, reason
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ def in_company() -> Iterator[None]:
     """Part from the other processes at the end, and say clearly where one of them is gone, such as one that was killed.
 
     Raises:
-        ProcessError: where a message to or from another process could not be passed on.
+        LostProcessError: where a message to or from another process could not be passed on.
     """
     try:
         yield
@@ -74,7 +74,7 @@ def in_company() -> Iterator[None]:
         lost = isinstance(error, distributed.DistBackendError) or any(sign in str(error) for sign in _SIGNS)
         if world_size() == 1 or not lost:
             raise
-        raise ProcessError(
+        raise LostProcessError(
             f"another process is gone ({reason(error)}): look at its messages; the run cannot go on without it"
         ) from error
     finally:

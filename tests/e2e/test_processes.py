@@ -207,3 +207,25 @@ def test_what_ends_one_process_ends_both_soon_and_clearly(pool_dir, tmp_path, wh
     assert "Traceback" not in process.stderr
     for message in BREAKS[where]:
         assert message in process.stderr, process.stderr
+
+
+WAITING = """
+import sys, threading
+from fusion_merge import cli
+from fusion_merge.errors import LostProcessError
+
+def lost(*_args):
+    raise LostProcessError("another process is gone")
+
+threading.Thread(target=threading.Event().wait).start()  # an interpreter that ends in its usual way waits for this
+cli._run = lost
+cli.main()
+"""
+
+
+def test_a_process_whose_companion_is_gone_waits_for_none_of_its_own_threads(pool_dir, tmp_path):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    command = [sys.executable, "waiting.py", *own_pool(pool_dir), "method=wemoe"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == "error: another process is gone\n"
