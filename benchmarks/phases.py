@@ -115,7 +115,7 @@ def bytes_of_banks(model: MergedCLIPVisionModel) -> int:
         model: the model.
     """
     layers = moe_layers(model.vision_model).values()
-    return sum(bytes_of(linear.experts) for layer in layers for linear in (layer.fc1, layer.fc2))
+    return sum(bytes_of(linear.experts) for layer in layers for linear in layer.linears().values())
 
 
 def bytes_of_saved_banks(folder: Path) -> int:

@@ -168,7 +168,7 @@ def _messages(tracebacks: bool) -> Iterator[None]:
 
 
 def _leave_at_once() -> None:
-    """End without what an interpreter does at its end: it waits for threads, and those of torch may wait for the dead."""
+    """End without waiting for threads, as an interpreter does: those of torch may wait for the dead."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

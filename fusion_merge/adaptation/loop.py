@@ -32,7 +32,7 @@ from fusion_merge.adaptation.runtime import (
 )
 from fusion_merge.errors import AdaptationError, ConfigError, nearest, reason
 from fusion_merge.models.clip import pooled_output
-from fusion_merge.moe import MoEMLP
+from fusion_merge.moe import RoutedBlock
 from fusion_merge.processes import together
 
 log = logging.getLogger(__name__)
@@ -243,7 +243,7 @@ def _gradient(
 @contextmanager
 def _global_batches(model: nn.Module, fabric: Fabric) -> Iterator[None]:
     """Under batch routing, let all processes share the merged weights of the global batch."""
-    layers = [m for m in model.modules() if isinstance(m, MoEMLP)] if fabric.world_size > 1 else []
+    layers = [m for m in model.modules() if isinstance(m, RoutedBlock)] if fabric.world_size > 1 else []
     for layer in layers:
         layer.over_processes = True
     try:

@@ -18,7 +18,9 @@ from fusion_merge.errors import ConfigError
 from fusion_merge.methods.adapted_base import AdaptedMethod
 from fusion_merge.models.clip import empty_tower, load_tower_state, vision_backbone
 from fusion_merge.models.merged import MergedCLIPVisionModel
-from fusion_merge.moe import Experts, Routing, find_mlps, make_router, route_mlps, set_routing, upcycle_mlps
+from fusion_merge.models.parameters import moved_most
+from fusion_merge.moe import Experts, Routing, find_blocks, make_router, route_mlps, set_routing, upcycle_mlps
+from fusion_merge.moe.blocks import TARGETS, check_layers, chosen_blocks, layers_of
 from fusion_merge.moe.experts import TaskVector, empty_experts
 from fusion_merge.moe.selection import Selection
 from fusion_merge.moe.upcycle import EXPERT_DTYPES, MakeRouter, stored
@@ -38,7 +40,7 @@ _MEASURED = 64  # images of each task by which its mean coefficients are measure
 
 @dataclasses.dataclass(kw_only=True)
 class MoEMethod(AdaptedMethod):
-    r"""Everything outside the MLPs is merged by task arithmetic; each MLP becomes a routed mixture of experts.
+    r"""Everything else is merged by task arithmetic; each MLP, or attention too, becomes a routed mixture of experts.
 
     .. math:: \theta = \theta_0 + \lambda \sum_n \tau_n \ \text{outside the MLPs}, \qquad
               \min_\phi \sum_n \mathbb{E}_x\, H\big(\operatorname{softmax} z_n(x; \phi)\big)
@@ -56,6 +58,14 @@ class MoEMethod(AdaptedMethod):
     )
     expert_dtype: str = option(
         "float32", help="what the experts are stored in; products are formed in float32", choices=tuple(EXPERT_DTYPES)
+    )
+    targets: str = option(
+        "mlp", help="what gets experts: MLPs, attention, or all", choices=tuple(TARGETS), shapes_model=True
+    )
+    layers: str | list[int] = option(
+        "all",
+        help="which layers do: all, a list from 0 such as [0, 3], or critical:K, the K that fine-tuning moved most",
+        shapes_model=True,
     )
     batch_reduce: bool = option(True, help="one merged weight a batch during adaptation, instead of one a sample")
     inference_batch_reduce: bool = option(False, help="one merged weight a batch after adaptation too")
@@ -107,7 +117,7 @@ class MoEMethod(AdaptedMethod):
         """
 
     def check_shapes(self, config: CLIPVisionConfig, num_tasks: int) -> None:
-        """Refuse a tower, or a number of tasks, that the options do not fit; by default none.
+        """Refuse a tower, or a number of tasks, that the options do not fit: layers that it does not have.
 
         Args:
             config: the tower's configuration.
@@ -116,6 +126,17 @@ class MoEMethod(AdaptedMethod):
         Raises:
             ConfigError: if they do not fit.
         """
+        check_layers(self.layers, config.num_hidden_layers)
+
+    def routed_blocks(self, backbone: nn.Module, order: Callable[[list[str]], list[str]]) -> list[str]:
+        """Return the names of the blocks that get experts, in forward order.
+
+        Args:
+            backbone: the plain vision tower.
+            order: sorts blocks by how far fine-tuning moved them.
+        """
+        blocks = list(find_blocks(backbone, self.targets))
+        return chosen_blocks(blocks, layers_of(self.layers, blocks, order))
 
     def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
         """See `AdaptedMethod.check`: also the options against the shape of the tower."""
@@ -162,15 +183,16 @@ class MoEMethod(AdaptedMethod):
         pretrained = modelpool.state(PRETRAINED)
         finetuned = [modelpool.state(name) for name in modelpool.model_names]
         backbone = vision_backbone(empty_tower(modelpool.config()))
-        mlps = tuple(f"{name}." for name in find_mlps(backbone))
-        static = StaticMerge(pretrained, finetuned, scaled(self.init_lambda), leave=mlps)
+        chosen = self.routed_blocks(backbone, partial(moved_most, pretrained, finetuned))
+        leave = tuple(f"{name}." for name in chosen)
+        static = StaticMerge(pretrained, finetuned, scaled(self.init_lambda), leave=leave)
         load_tower_state(backbone, static, where="the static merge")
 
         def make_experts(path: str, task_vectors: Sequence[TaskVector]) -> Experts:
             experts = self.make_experts(path, task_vectors, device or torch.device("cpu"))
             return stored(experts, self.expert_dtype, path)
 
-        with tqdm(mlps, desc="building experts", unit="layer", disable=None) as bar:
+        with tqdm(chosen, desc="building experts", unit="layer", disable=None) as bar:
             tower = upcycle_mlps(
                 backbone,
                 pretrained,
@@ -179,6 +201,7 @@ class MoEMethod(AdaptedMethod):
                 make_router=self.router_maker(torch.Generator().manual_seed(self.seed)),
                 routing=Routing.BATCH if self.batch_reduce else Routing.SAMPLE,
                 selection=self.make_selection(),
+                chosen=chosen,
                 task_names=modelpool.model_names,
                 progress=bar.update,
                 in_place=True,
@@ -214,12 +237,14 @@ class MoEMethod(AdaptedMethod):
             return bank.to(EXPERT_DTYPES[self.expert_dtype])
 
         with torch.device("meta"):
+            backbone = vision_backbone(CLIPVisionModel(config))
             tower = route_mlps(
-                vision_backbone(CLIPVisionModel(config)),
+                backbone,
                 make_bank=make_bank,
                 make_router=self.router_maker(torch.Generator("cpu")),
                 routing=Routing.BATCH if self.batch_reduce else Routing.SAMPLE,
                 selection=self.make_selection(),
+                chosen=self.routed_blocks(backbone, list),
             )
             return MergedCLIPVisionModel.from_tower(
                 tower,

@@ -49,6 +49,7 @@ class RankOneMoEAlgorithm(MoEMethod):
 
     def check_shapes(self, config: CLIPVisionConfig, num_tasks: int) -> None:
         """See `MoEMethod.check_shapes`: rank and selection against the width of the tower."""
+        super().check_shapes(config, num_tasks)
         limit = min(config.hidden_size, config.intermediate_size)
         if self.rank_k == 0 or self.rank_k > limit:
             raise ConfigError(

@@ -18,10 +18,10 @@ from fusion_merge.models.merged_config import MergedCLIPVisionConfig as MergedCL
 from fusion_merge.models.merged_config import check_seal
 from fusion_merge.models.merged_files import read_exactly, write_description, write_model
 from fusion_merge.models.sources import find_files
-from fusion_merge.moe.layer import MoELinear, empty_moe_mlp, moe_layers, record_coefficients, router_parameters
+from fusion_merge.moe.blocks import empty_block, find_blocks
+from fusion_merge.moe.layer import moe_layers, record_coefficients, router_parameters
 from fusion_merge.moe.projection import empty_projection, find_linears, projection_layers
 from fusion_merge.moe.router import LayerEncodedRouter, Router
-from fusion_merge.moe.upcycle import find_mlps
 from fusion_merge.sealed import checksum
 from fusion_merge.task_vectors import shapes_of
 
@@ -30,7 +30,7 @@ _PASSED_ALONG = ("adapter_kwargs", "trust_remote_code", "safe_serialization", "s
 
 
 class MergedCLIPVisionModel(PreTrainedModel):
-    """A CLIP vision tower with routed MLPs or linear layers, called like `transformers.CLIPVisionModel`.
+    """A CLIP vision tower with routed MLPs, attention or linear layers, called like `transformers.CLIPVisionModel`.
 
     `save_pretrained` writes everything (base, experts, routers) and `from_pretrained` reads it back bit for bit,
     without the pool it was made from. Only routers require gradients.
@@ -164,8 +164,7 @@ class MergedCLIPVisionModel(PreTrainedModel):
         }
         for position, (name, layer) in enumerate(layers.items()):
             mean = self.task_coefficients[index, position, : layer.num_coefficients].unsqueeze(0)  # (1, K)
-            for part in ("fc1", "fc2"):
-                linear: MoELinear = getattr(layer, part)
+            for part, linear in layer.linears().items():
                 delta = linear.experts.delta(mean.to(linear.base.weight.dtype))
                 state[f"{name}.{part}.weight"] = linear.base.weight + delta.weight[0]
                 state[f"{name}.{part}.bias"] = linear.base.bias + delta.bias[0]
@@ -294,7 +293,7 @@ class MergedCLIPVisionModel(PreTrainedModel):
         tensors = read_exactly(files, shapes_of(model.own_state()))
         model.load_state_dict(tensors, strict=False, assign=True)
         for layer in moe_layers(model.vision_model).values() if own_config.moe else ():
-            for linear in (layer.fc1, layer.fc2):
+            for linear in layer.linears().values():
                 linear.experts.lay_out(linear.base)
         if dtype is not None:
             module: nn.Module = model
@@ -320,7 +319,7 @@ def _refuse_unknown(options: dict[str, Any], where: str) -> None:
 
 def _install_empty_layers(tower: nn.Module, config: MergedCLIPVisionConfig) -> None:
     backbone = vision_backbone(tower)
-    mlps = find_mlps(backbone) if config.moe else {}
+    blocks = find_blocks(backbone, "all") if config.moe else {}
     plain = find_linears(backbone) if config.linears else {}
     for name, spec in config.linears.items():
         if name not in plain:
@@ -328,9 +327,9 @@ def _install_empty_layers(tower: nn.Module, config: MergedCLIPVisionConfig) -> N
         backbone.set_submodule(name, empty_projection(spec, plain[name]))
     shared: Router | None = None
     for name, spec in config.moe.items():
-        if name not in mlps:
-            raise CheckpointError(f"the configuration routes `{name}`, which is not an MLP of the vision tower")
-        layer = empty_moe_mlp(spec, mlps[name], shared)
+        if name not in blocks:
+            raise CheckpointError(f"the configuration routes `{name}`, which is no MLP or attention of the tower")
+        layer = empty_block(spec, blocks[name], shared)
         backbone.set_submodule(name, layer)
         if config.shared_router:
             shared = _inner(layer.router)

@@ -20,9 +20,9 @@ class MergedCLIPVisionConfig(PretrainedConfig):
 
     Args:
         vision_config: the configuration of the CLIP vision tower, as plain values.
-        moe: for each routed MLP, by name, what `MoEMLP.spec` returned.
+        moe: for each routed block, by name, what `RoutedBlock.spec` returned.
         linears: for each linear layer with experts of its own, by name, what `ProjectionMoELinear.spec` returned.
-        shared_router: whether all routed MLPs share one router.
+        shared_router: whether all routed blocks share one router.
         tasks: the tasks that were merged, in the order of their experts.
         method: the name of the method.
         method_options: its options, as plain values.

@@ -4,8 +4,10 @@ Nothing here knows of CLIP, Hydra or Lightning. Shapes are written with B batch,
 N tasks, R rank, D router input width and K merging coefficients (K = N for dense and sparse banks, N·R for low rank).
 """
 
+from fusion_merge.moe.attention import MoEAttention
+from fusion_merge.moe.blocks import find_blocks
 from fusion_merge.moe.experts import DenseExperts, Experts, LinearDelta, LowRankExperts, SparseExperts
-from fusion_merge.moe.layer import MoELinear, MoEMLP, Routing, moe_layers, record_coefficients, set_routing
+from fusion_merge.moe.layer import MoELinear, MoEMLP, RoutedBlock, Routing, moe_layers, record_coefficients, set_routing
 from fusion_merge.moe.router import (
     ConstantRouter,
     LayerEncodedRouter,
@@ -26,13 +28,16 @@ __all__ = [
     "LinearRouter",
     "LowRankExperts",
     "MLPRouter",
+    "MoEAttention",
     "MoELinear",
     "MoEMLP",
+    "RoutedBlock",
     "Router",
     "Routing",
     "SelectAll",
     "SoftTopK",
     "SparseExperts",
+    "find_blocks",
     "find_mlps",
     "make_router",
     "moe_layers",

@@ -1,19 +1,20 @@
-"""The routed layers: a linear layer with experts, and the MLP that one router drives."""
+"""The routed layers: a linear layer with experts, and blocks of them that one router drives, such as an MLP."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
 from fusion_merge.errors import ConfigError, ModelError
-from fusion_merge.moe.experts import Experts, empty_experts
-from fusion_merge.moe.router import LayerEncodedRouter, Router, empty_router
-from fusion_merge.moe.selection import SelectAll, Selection, empty_selection
+from fusion_merge.moe.experts import Experts
+from fusion_merge.moe.router import Router
+from fusion_merge.moe.selection import SelectAll, Selection
 
 
 class Routing(StrEnum):
@@ -70,44 +71,35 @@ class MoELinear(nn.Module):
         return output
 
 
-@final
-class MoEMLP(nn.Module):
-    r"""A transformer MLP whose two linear layers are driven by one router.
+class RoutedBlock(nn.Module, ABC):
+    r"""A block of linear layers with experts that one router drives.
 
-    .. math:: g = m\big(\operatorname{mean}_{\text{tokens}[,\text{batch}]} r(x)\big), \qquad
-              y = \mathrm{fc}_2\big(\phi(\mathrm{fc}_1(x; g)); g\big)
+    .. math:: g = m\big(\operatorname{mean}_{\text{tokens}[,\text{batch}]} r(x)\big)
 
     Args:
-        fc1: the first layer, D → hidden.
-        activation: φ.
-        fc2: the second layer, hidden → D.
-        router: r; several layers may share one.
+        linears: the block's linear layers by name, in forward order; the subclass has them as submodules.
+        router: r; several blocks may share one.
         routing: what the router's output is averaged over.
         selection: m; by default every coefficient takes part.
 
-    Shape:
-        (B, T, D) → (B, T, D).
-
     Raises:
-        ConfigError: if fc1, fc2 and the router do not agree on the number of coefficients.
+        ConfigError: if the layers and the router do not agree on the number of coefficients.
     """
+
+    kind: ClassVar[str]
+    """What a spec calls such a block."""
 
     def __init__(
         self,
-        fc1: MoELinear,
-        activation: nn.Module,
-        fc2: MoELinear,
+        linears: Mapping[str, MoELinear],
         router: Router,
         routing: Routing = Routing.SAMPLE,
         selection: Selection | None = None,
     ) -> None:
         super().__init__()
-        counts = (fc1.experts.num_coefficients, fc2.experts.num_coefficients, router.num_coefficients)
+        counts = (*(linear.experts.num_coefficients for linear in linears.values()), router.num_coefficients)
         if len(set(counts)) != 1:
-            raise ConfigError(f"fc1, fc2 and router have {counts} coefficients; they must agree")
-        self.fc1 = fc1
-        self.activation = activation
-        self.fc2 = fc2
+            raise ConfigError(f"{', '.join(linears)} and router have {counts} coefficients; they must agree")
         self.router = router
         self.routing = Routing(routing)
         self.selection = selection if selection is not None else SelectAll()
@@ -116,14 +108,18 @@ class MoEMLP(nn.Module):
 
     @property
     def num_coefficients(self) -> int:
-        """K, the merging coefficients of this layer."""
+        """K, the merging coefficients of this block."""
         return self.router.num_coefficients
+
+    @abstractmethod
+    def linears(self) -> dict[str, MoELinear]:
+        """Return the block's linear layers by the names that they have in a plain block, in forward order."""
 
     def coefficients(self, tokens: Tensor) -> Tensor:
         """Return the merging coefficients after averaging and selection, both in float32 at least.
 
         Args:
-            tokens: the MLP's input.
+            tokens: the block's input.
 
         Shape:
             (B, T, D) → (B, K) under sample routing, (1, K) under batch routing.
@@ -136,6 +132,58 @@ class MoEMLP(nn.Module):
         selected: Tensor = self.selection(routed)
         return selected.to(tokens.dtype)
 
+    def spec(self) -> dict[str, Any]:
+        """Return what `empty_block` needs to make a block of the same shapes, as plain JSON values."""
+        return {
+            "kind": self.kind,
+            "linears": {name: linear.experts.spec() for name, linear in self.linears().items()},
+            "router": self.router.spec(),
+            "routing": str(self.routing),
+            "selection": self.selection.spec(),
+        }
+
+
+@final
+class MoEMLP(RoutedBlock):
+    r"""A transformer MLP whose two linear layers are driven by one router.
+
+    .. math:: y = \mathrm{fc}_2\big(\phi(\mathrm{fc}_1(x; g)); g\big)
+
+    Args:
+        fc1: the first layer, D → hidden.
+        activation: φ.
+        fc2: the second layer, hidden → D.
+        router: see `RoutedBlock`.
+        routing: see `RoutedBlock`.
+        selection: see `RoutedBlock`.
+
+    Shape:
+        (B, T, D) → (B, T, D).
+
+    Raises:
+        ConfigError: if fc1, fc2 and the router do not agree on the number of coefficients.
+    """
+
+    kind: ClassVar[str] = "mlp"
+
+    def __init__(
+        self,
+        fc1: MoELinear,
+        activation: nn.Module,
+        fc2: MoELinear,
+        router: Router,
+        routing: Routing = Routing.SAMPLE,
+        selection: Selection | None = None,
+    ) -> None:
+        super().__init__({"fc1": fc1, "fc2": fc2}, router, routing, selection)
+        self.fc1 = fc1
+        self.activation = activation
+        self.fc2 = fc2
+
+    def linears(self) -> dict[str, MoELinear]:
+        """See `RoutedBlock.linears`."""
+        return {"fc1": self.fc1, "fc2": self.fc2}
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the MLP's output; shapes as in the class docstring.
 
@@ -146,38 +194,6 @@ class MoEMLP(nn.Module):
         hidden = self.activation(self.fc1(hidden_states, coefficients))  # (B, T, hidden)
         output: Tensor = self.fc2(hidden, coefficients)  # (B, T, D)
         return output
-
-    def spec(self) -> dict[str, Any]:
-        """Return what `empty_moe_mlp` needs to make a layer of the same shapes, as plain JSON values."""
-        return {
-            "fc1": self.fc1.experts.spec(),
-            "fc2": self.fc2.experts.spec(),
-            "router": self.router.spec(),
-            "routing": str(self.routing),
-            "selection": self.selection.spec(),
-        }
-
-
-def empty_moe_mlp(spec: dict[str, Any], mlp: nn.Module, shared_router: Router | None = None) -> MoEMLP:
-    """Make a routed MLP with the shapes that a spec describes and values that are still to be loaded.
-
-    Args:
-        spec: what `MoEMLP.spec` returned.
-        mlp: the plain MLP to take the base layers and the activation from.
-        shared_router: the router of an earlier layer that this one shares, if it does.
-    """
-    fc1, activation, fc2 = mlp_parts(mlp)
-    router = shared_router if shared_router is not None else empty_router(spec["router"])
-    if shared_router is not None and spec["router"]["kind"] == "layer_encoded":
-        router = LayerEncodedRouter(shared_router, spec["router"]["layer_index"], spec["router"]["dim"])
-    return MoEMLP(
-        MoELinear(fc1, empty_experts(spec["fc1"], fc1.in_features, fc1.out_features)),
-        activation,
-        MoELinear(fc2, empty_experts(spec["fc2"], fc2.in_features, fc2.out_features)),
-        router,
-        Routing(spec["routing"]),
-        empty_selection(spec["selection"]),
-    )
 
 
 class _MeanOverProcesses(torch.autograd.Function):
@@ -216,8 +232,8 @@ def mlp_parts(mlp: nn.Module) -> tuple[nn.Linear, nn.Module, nn.Linear]:
     return fc1, activation, fc2
 
 
-def moe_layers(model: nn.Module) -> dict[str, MoEMLP]:
-    """Return the routed MLPs of a model by name, in forward order.
+def moe_layers(model: nn.Module) -> dict[str, RoutedBlock]:
+    """Return the routed blocks of a model by name, in forward order.
 
     Args:
         model: any module.
@@ -225,21 +241,21 @@ def moe_layers(model: nn.Module) -> dict[str, MoEMLP]:
     Raises:
         ModelError: if there is none.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoEMLP)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, RoutedBlock)}
     if not layers:
-        raise ModelError(f"`{type(model).__name__}` has no routed MLP; upcycle it first")
+        raise ModelError(f"`{type(model).__name__}` has no routed layer; upcycle it first")
     return layers
 
 
 def set_routing(model: nn.Module, routing: Routing | str) -> None:
-    """Set what every routed MLP of a model averages its router's output over.
+    """Set what every routed block of a model averages its router's output over.
 
     Args:
-        model: a model with at least one routed MLP.
+        model: a model with at least one routed block.
         routing: `sample` or `batch`.
 
     Raises:
-        ModelError: if the model has no routed MLP.
+        ModelError: if the model has no routed block.
     """
     for layer in moe_layers(model).values():
         layer.routing = Routing(routing)
@@ -249,10 +265,10 @@ def router_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of all routers, a shared router's once: what adaptation trains.
 
     Args:
-        model: a model with at least one routed MLP.
+        model: a model with at least one routed block.
 
     Raises:
-        ModelError: if the model has no routed MLP.
+        ModelError: if the model has no routed block.
     """
     routers = nn.ModuleList([layer.router for layer in moe_layers(model).values()])
     return list(routers.parameters())
@@ -260,10 +276,10 @@ def router_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def record_coefficients(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect the merging coefficients of every routed MLP while the context lasts.
+    """Collect the merging coefficients of every routed block while the context lasts.
 
     Args:
-        model: a model with at least one routed MLP.
+        model: a model with at least one routed block.
 
     Yields:
         For each layer, one tensor a forward pass: (B, K) under sample routing, (1, K) under batch routing.

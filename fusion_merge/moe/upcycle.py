@@ -1,17 +1,19 @@
-"""Upcycling: every MLP of a statically merged model becomes a mixture of experts made of task vectors."""
+"""Upcycling: MLPs, and attention, of a statically merged model become mixtures of experts made of task vectors."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from fusion_merge.errors import ConfigError, ModelError
+from fusion_merge.moe.blocks import find_blocks, plain_linears, routed_block
 from fusion_merge.moe.experts import Experts
-from fusion_merge.moe.layer import MoELinear, MoEMLP, Routing, mlp_parts
+from fusion_merge.moe.layer import Routing
 from fusion_merge.moe.router import Router
 from fusion_merge.moe.selection import Selection
 from fusion_merge.moe.vectors import PARTS, LayerTaskVectors, TaskVector
@@ -41,16 +43,7 @@ def find_mlps(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ModelError: if there is none.
     """
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        try:
-            mlp_parts(module)
-        except ModelError:
-            continue
-        found[name] = module
-    if not found:
-        raise ModelError(f"`{type(model).__name__}` has no MLP made of fc1, one activation and fc2")
-    return found
+    return find_blocks(model, "mlp")
 
 
 def upcycle_mlps(
@@ -62,26 +55,28 @@ def upcycle_mlps(
     make_router: MakeRouter,
     routing: Routing | str,
     selection: Selection | None = None,
+    chosen: Sequence[str] | None = None,
     task_names: Sequence[str] | None = None,
     progress: Callable[[], object] | None = None,
     in_place: bool = False,
 ) -> nn.Module:
-    """Return a copy of a statically merged model whose MLPs are routed.
+    """Return a copy of a statically merged model whose MLPs, or other blocks, are routed.
 
-    The base inside each routed MLP is the *pretrained* MLP, not the merged one. States are read one tensor at a
+    The base inside each routed block is the *pretrained* block, not the merged one. States are read one tensor at a
     time. Inputs are never changed, unless `merged` is to be.
 
     Args:
-        merged: the statically merged model; of its MLPs the shapes alone matter.
+        merged: the statically merged model; of the blocks that are routed the shapes alone matter.
         pretrained: the state that every model was fine-tuned from, under the names of `merged`.
         finetuned: the N fine-tuned states, under the names of `merged`.
         make_experts: makes the bank of one linear layer.
-        make_router: makes (or hands out again) the router of one MLP.
+        make_router: makes (or hands out again) the router of one block.
         routing: what the routers' outputs are averaged over.
         selection: how many of the coefficients take part; by default all.
+        chosen: the names of the blocks to route, among those of `find_blocks`; by default all MLPs.
         task_names: how notes call the N models; by default their numbers.
-        progress: called when an MLP is done.
-        in_place: route the MLPs of `merged` itself, which saves the memory of a copy.
+        progress: called when a block is done.
+        in_place: route the blocks of `merged` itself, which saves the memory of a copy.
 
     Raises:
         ModelError: if there is no fine-tuned model, or no MLP that can be upcycled.
@@ -90,7 +85,7 @@ def upcycle_mlps(
     """
     names = list(task_names) if task_names is not None else [str(i) for i in range(len(finetuned))]
     unchanged = dict.fromkeys(names, 0)
-    layers = 2 * len(find_mlps(merged))
+    layers = sum(len(plain_linears(block)) for block in _blocks(merged, chosen).values())
     if not finetuned:
         raise ModelError("there is no fine-tuned model to make experts of; give at least one")
 
@@ -109,6 +104,7 @@ def upcycle_mlps(
         make_router=make_router,
         routing=routing,
         selection=selection,
+        chosen=chosen,
         progress=progress,
         in_place=in_place,
     )
@@ -123,34 +119,53 @@ def route_mlps(
     make_router: MakeRouter,
     routing: Routing | str,
     selection: Selection | None = None,
+    chosen: Sequence[str] | None = None,
     progress: Callable[[], object] | None = None,
     in_place: bool = False,
 ) -> nn.Module:
-    """Return a copy of a model whose MLPs are routed, with the MLPs' own layers as bases; no task vector is needed.
+    """Return a copy of a model whose MLPs, or other blocks, are routed, with their own layers as bases.
+
+    No task vector is needed.
 
     Args:
-        model: any model with plain MLPs, on the meta device too.
+        model: any model with plain blocks, on the meta device too.
         make_bank: makes the bank of one linear layer of the copy.
-        make_router: makes (or hands out again) the router of one MLP.
+        make_router: makes (or hands out again) the router of one block.
         routing: what the routers' outputs are averaged over.
         selection: how many of the coefficients take part; by default all.
-        progress: called when an MLP is done.
-        in_place: route the MLPs of `model` itself.
+        chosen: the names of the blocks to route, among those of `find_blocks`; by default all MLPs.
+        progress: called when a block is done.
+        in_place: route the blocks of `model` itself.
 
     Raises:
-        ModelError: if there is no MLP that can be upcycled.
+        ModelError: if there is no block that can be upcycled.
     """
     routed = (model if in_place else copy.deepcopy(model)).requires_grad_(False)
-    for index, (name, mlp) in enumerate(find_mlps(routed).items()):
-        fc1, activation, fc2 = mlp_parts(mlp)
-        first = MoELinear(fc1, make_bank(f"{name}.fc1", fc1))
-        second = MoELinear(fc2, make_bank(f"{name}.fc2", fc2))
-        router = make_router(index, fc1.in_features, first.experts.num_coefficients)
-        own_selection = copy.deepcopy(selection)
-        routed.set_submodule(name, MoEMLP(first, activation, second, router, Routing(routing), own_selection))
+    for index, (name, block) in enumerate(_blocks(routed, chosen).items()):
+        inside = partial(_within, name, make_bank)
+        own_router = partial(make_router, index)
+        made = routed_block(block, inside, own_router, Routing(routing), copy.deepcopy(selection))
+        routed.set_submodule(name, made)
         if progress is not None:
             progress()
     return routed
+
+
+def _within(block: str, make_bank: MakeBank, name: str, linear: nn.Linear) -> Experts:
+    path = f"{block}.{name}"
+    if linear.bias is None:
+        raise ModelError(f"`{path}` has no bias; only linear layers with a bias can be upcycled")
+    return make_bank(path, linear)
+
+
+def _blocks(model: nn.Module, chosen: Sequence[str] | None) -> dict[str, nn.Module]:
+    """Return the blocks to route by name, in forward order."""
+    if chosen is None:
+        return find_mlps(model)
+    blocks = find_blocks(model, "all")
+    if missing := sorted(set(chosen) - blocks.keys()):
+        raise ModelError(f"`{missing[0]}` of `{type(model).__name__}` is not an MLP or attention that can be routed")
+    return {name: block for name, block in blocks.items() if name in set(chosen)}
 
 
 def stored(experts: Experts, dtype: str, path: str) -> Experts:
@@ -171,8 +186,6 @@ def stored(experts: Experts, dtype: str, path: str) -> Experts:
 
 
 def _load_pretrained(linear: nn.Linear, pretrained: State, path: str) -> None:
-    if linear.bias is None:
-        raise ModelError(f"`{path}` has no bias; only linear layers with a bias can be upcycled")
     for part in PARTS:
         getattr(linear, part).data.copy_(pretrained[f"{path}.{part}"])
 
@@ -183,8 +196,8 @@ def _tell_unchanged(unchanged: Mapping[str, int], layers: int) -> None:
     if static:
         tasks = ", ".join(f"`{task}`" for task in static)
         log.info(
-            "no expert of task %s changes an MLP: the model equals the pretrained one in all %d MLP layers, as with "
-            "LoRA on the attention projections alone; what it changes elsewhere is merged statically, and %s",
+            "no expert of task %s changes a layer: the model equals the pretrained one in all %d routed layers, "
+            "as with LoRA on attention alone and routed MLPs; what it changes elsewhere is merged statically, and %s",
             tasks,
             layers,
             "routers have nothing to choose from: the result is task arithmetic"
@@ -194,7 +207,7 @@ def _tell_unchanged(unchanged: Mapping[str, int], layers: int) -> None:
     for task, count in unchanged.items():
         if 0 < count < layers:
             log.info(
-                "`%s` equals the pretrained model in %d of %d MLP layers: it adds zero experts there",
+                "`%s` equals the pretrained model in %d of %d routed layers: it adds zero experts there",
                 task,
                 count,
                 layers,

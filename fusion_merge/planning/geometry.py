@@ -173,14 +173,14 @@ def model_size(method: Method, config: CLIPVisionConfig, num_tasks: int) -> Mode
         )
     layers = moe_layers(model.vision_model).values()
     first = next(iter(layers))
-    banks = [linear.experts for layer in layers for linear in (layer.fc1, layer.fc2)]
+    banks = [linear.experts for layer in layers for linear in layer.linears().values()]
     return ModelSize(
         parameters=int(info["all_params"]),
         trainable=int(info["trainable_params"]),
         experts=sum(p.numel() for bank in banks for p in bank.parameters()),
         bytes=sum(t.numel() * t.element_size() for t in model.own_state().values()),
         router_bytes=sum(p.numel() * p.element_size() for p in router_parameters(model.vision_model)),
-        kind=str(first.fc1.experts.spec()["kind"]),
+        kind=str(banks[0].spec()["kind"]),
         coefficients=first.num_coefficients,
         router_widths=tuple(_kept_by_router(layer.router.spec()) for layer in layers),
     )

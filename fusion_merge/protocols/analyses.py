@@ -21,6 +21,7 @@ from fusion_merge.adaptation.runtime import Fabric, log_to, make_fabric, placeme
 from fusion_merge.errors import ConfigError
 from fusion_merge.files import check_writable, write_text
 from fusion_merge.models.merged import MergedCLIPVisionModel
+from fusion_merge.models.parameters import bin_edges, explained_energy, magnitudes, variation, variation_rows
 from fusion_merge.moe import Routing, set_routing
 from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
@@ -29,7 +30,6 @@ from fusion_merge.program import FusionProgram
 from fusion_merge.protocols.measuring import measured
 from fusion_merge.report import analysis_plots as plots
 from fusion_merge.report.comparison import Row, accuracies_table, comparison_notes, costs_table, plain_rows
-from fusion_merge.report.parameters import bin_edges, explained_energy, magnitudes, variation, variation_rows
 from fusion_merge.report.plots import loss_curve
 from fusion_merge.report.provenance import routing_of, versions
 from fusion_merge.report.routing import first_choices, mean_weights, routing_records
@@ -225,10 +225,10 @@ class Analysis:
             made = self._make(fabric)
             if isinstance(made, MergedCLIPVisionModel) and made.config.moe:
                 return made
-            raise ConfigError(f"`{self.program.method.method_name}` made no model whose MLPs are routed")
+            raise ConfigError(f"`{self.program.method.method_name}` made no model with routed layers")
         model = MergedCLIPVisionModel.from_pretrained(self.saved)
         if not model.config.moe:
-            raise ConfigError(f"`analyse.model`={self.saved!r} has no routed MLPs; give the folder of a routed model")
+            raise ConfigError(f"`analyse.model`={self.saved!r} has no routed layers; give the folder of a routed model")
         fabric.to_device(model)
         return model
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fusion_merge.models.parameters import PARTS, Magnitudes, Moved, bin_edges
 from fusion_merge.report.comparison import Row
 from fusion_merge.report.drawing import LINES, MARKERS, colours, heatmap, new_figure, plain_axis, save_figure
-from fusion_merge.report.parameters import PARTS, Magnitudes, Moved, bin_edges
 
 _WIDTH = 7.0
 """Inches; about 700 pixels in a README."""

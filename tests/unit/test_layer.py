@@ -23,7 +23,8 @@ from fusion_merge.moe import (
     record_coefficients,
     set_routing,
 )
-from fusion_merge.moe.layer import empty_moe_mlp, mlp_parts, router_parameters
+from fusion_merge.moe.blocks import empty_block
+from fusion_merge.moe.layer import mlp_parts, router_parameters
 
 N, D, HIDDEN, B, T = 3, 6, 10, 4, 3
 
@@ -155,7 +156,7 @@ def test_only_routers_are_trained(kind):
 @pytest.mark.parametrize("kind", BANKS)
 def test_an_empty_layer_takes_the_state_that_its_spec_was_made_from(kind, depth, selection):
     mlp, x = _mlp(kind, depth, Routing.BATCH, selection), _x()
-    again = empty_moe_mlp(mlp.spec(), ToyMLP(D, HIDDEN))
+    again = empty_block(mlp.spec(), ToyMLP(D, HIDDEN))
     again.activation = mlp.activation
     again.load_state_dict(mlp.state_dict())
     assert again.spec() == mlp.spec()
@@ -164,7 +165,7 @@ def test_an_empty_layer_takes_the_state_that_its_spec_was_made_from(kind, depth,
 
 def test_an_empty_layer_may_take_the_router_of_an_earlier_one():
     mlp = _mlp()
-    again = empty_moe_mlp(mlp.spec(), ToyMLP(D, HIDDEN), shared_router=mlp.router)
+    again = empty_block(mlp.spec(), ToyMLP(D, HIDDEN), shared_router=mlp.router)
     assert again.router is mlp.router
 
 
@@ -196,7 +197,7 @@ def test_set_routing_reaches_every_layer():
     ids=["moe_layers", "router_parameters", "set_routing", "record_coefficients"],
 )
 def test_a_model_without_routed_layers_is_refused(visit):
-    with pytest.raises(ModelError, match="`ToyTower` has no routed MLP"):
+    with pytest.raises(ModelError, match="`ToyTower` has no routed layer"):
         visit(ToyTower())
 
 

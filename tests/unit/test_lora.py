@@ -528,9 +528,9 @@ def test_adapters_of_the_attention_alone_give_zero_experts_and_one_note(method, 
     algorithm.max_steps, algorithm.batch_size = 1, 2
     with caplog.at_level(logging.INFO, logger="fusion_merge"):
         model = algorithm.run(pool_of(**models), taskpool)
-    notes = [m for m in caplog.messages if "changes an MLP" in m]
+    notes = [m for m in caplog.messages if "changes a layer" in m]
     assert len(notes) == 1
-    assert notes[0].startswith("no expert of task `cats`, `dogs` changes an MLP: ")
+    assert notes[0].startswith("no expert of task `cats`, `dogs` changes a layer: ")
     assert notes[0].endswith("the result is task arithmetic")
     static = TaskArithmeticAlgorithm(scaling_factor=algorithm.init_lambda).run(pool_of(**models))
     pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))

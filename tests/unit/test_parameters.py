@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from fusion_merge.models.clip import part_of_tensor
-from fusion_merge.report.parameters import (
+from fusion_merge.models.parameters import (
     bin_edges,
     explained_energy,
     magnitudes,

@@ -131,7 +131,7 @@ def test_a_model_equal_to_the_pretrained_one_is_noted_by_name(caplog):
     with caplog.at_level(logging.INFO, logger="fusion_merge"):
         model = _upcycle(tower, tower.state_dict(), finetuned, task_names=["cats", "dogs", "birds"])
     (note,) = caplog.messages
-    assert note.startswith("no expert of task `dogs` changes an MLP: ")
+    assert note.startswith("no expert of task `dogs` changes a layer: ")
     assert note.endswith("routers choose among the experts of the other tasks")
     assert not model.layers[0].fc1.experts.weight[1].any()
 
@@ -142,7 +142,7 @@ def test_a_model_that_leaves_one_mlp_as_it_is_is_noted_by_name(caplog):
     with caplog.at_level(logging.INFO, logger="fusion_merge"):
         _upcycle(tower, tower.state_dict(), finetuned, task_names=["cats", "dogs", "birds"])
     (note,) = caplog.messages
-    assert note.startswith("`dogs` equals the pretrained model in 2 of 4 MLP layers")
+    assert note.startswith("`dogs` equals the pretrained model in 2 of 4 routed layers")
 
 
 class _InFactors(dict):

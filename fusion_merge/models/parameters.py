@@ -85,6 +85,30 @@ def variation(pretrained: State, finetuned: State) -> dict[tuple[int | None, str
     return {key: moved[key] for key in order}
 
 
+def moved_most(pretrained: State, finetuned: Sequence[State], names: Sequence[str]) -> list[str]:
+    r"""Return blocks of parameters in the order in which fine-tuning moved them, the one moved most first.
+
+    .. math:: v_b = \frac1N \sum_n \frac{\lVert \theta_{n,b} - \theta_{0,b} \rVert_2}{\lVert \theta_{0,b} \rVert_2}
+
+    Relative to the pretrained norm, so that blocks of different sizes can be compared; equal ones stay in their order.
+
+    Args:
+        pretrained: the pretrained tower.
+        finetuned: the N towers that were fine-tuned from it.
+        names: the blocks, as beginnings of the parameters' names.
+
+    Source: after Tang et al., "WEMoE", ICML 2024, section 3, and E-WEMoE, arXiv 2410.21804.
+    """
+    measured = {name: [Moved() for _ in finetuned] for name in names}
+    for index, state in enumerate(finetuned):
+        for name, before, after in _pairs(pretrained, state):
+            for block in names:
+                if name.startswith(f"{block}."):
+                    measured[block][index].add(before, after)
+    shares = {b: sum(m.distance / math.sqrt(max(m.pretrained, 1e-30)) for m in ms) for b, ms in measured.items()}
+    return sorted(names, key=lambda block: -shares[block])
+
+
 @dataclass
 class Magnitudes:
     """A histogram of the magnitudes of a task vector's entries; bins are equally wide in the logarithm.
