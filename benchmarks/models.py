@@ -18,8 +18,9 @@ from benchmarks.report import OURS_TO_FLOOR, Row, Target, timed_row
 from benchmarks.settings import BATCH, CLASSES, METHODS, Geometry, Settings
 from benchmarks.timing import compare
 from fusion_merge import MergedCLIPVisionModel, get_method
-from fusion_merge.adaptation.loop import TaskStream, adapt
+from fusion_merge.adaptation.loop import adapt
 from fusion_merge.adaptation.objectives import mean_entropy
+from fusion_merge.adaptation.passes import TaskStream
 from fusion_merge.adaptation.runtime import make_fabric
 from fusion_merge.methods.moe_base import MoEMethod
 from fusion_merge.models.clip import pooled_output, vision_backbone

@@ -382,7 +382,7 @@ class FusionProgram:
                 routing_picture(self.output_dir / "routing.png", weights, routed.config.tasks, title=title)
                 pictures.append("routing.png")
         if plot and record is not None and record.steps > 1:
-            loss_curve(self.output_dir / "loss.png", record.entropy)
+            loss_curve(self.output_dir / "loss.png", record.losses, record.measure)
             pictures.append("loss.png")
         return pictures
 

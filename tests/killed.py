@@ -12,8 +12,9 @@ import torch
 from helpers import random_linear, upcycled_toy
 from torch import nn
 
-from fusion_merge.adaptation.loop import AdaptationRecord, TaskStream, adapt
+from fusion_merge.adaptation.loop import AdaptationRecord, adapt
 from fusion_merge.adaptation.objectives import mean_entropy
+from fusion_merge.adaptation.passes import TaskStream
 from fusion_merge.adaptation.progress import Progress
 from fusion_merge.adaptation.runtime import make_fabric
 from fusion_merge.moe import Routing

@@ -19,10 +19,11 @@ from fusion_merge.sealed import read_about, read_sealed, write_sealed
 if TYPE_CHECKING:
     from fusion_merge.adaptation.guard import CollapseGuard
     from fusion_merge.adaptation.loop import AdaptationRecord
+    from fusion_merge.adaptation.rollback import RollbackGuard
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # goes up whenever the same adaptation would take other steps than before
+FORMAT = 3  # goes up whenever the same adaptation would take other steps than before
 _WHAT = "adaptation progress"
 
 
@@ -70,6 +71,7 @@ class Progress:
         optimizer: torch.optim.Optimizer,
         before: list[Tensor],
         precision: Mapping[str, Any],
+        keeper: RollbackGuard | None = None,
     ) -> None:
         """Write the state after a step.
 
@@ -80,6 +82,7 @@ class Progress:
             optimizer: its optimiser.
             before: the parameters before the last step, to which a step that goes wrong goes back.
             precision: the state of the loss scaling of mixed precision, if there is any.
+            keeper: the guard that takes back what makes a task worse, if there is one.
 
         Raises:
             FusionMergeError: if the file cannot be written; an earlier one stays whole.
@@ -89,15 +92,17 @@ class Progress:
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
         tensors["random"] = torch.get_rng_state()
-        for task, values in record.entropy.items():
-            tensors[f"entropy.{task}"] = torch.tensor(values, dtype=torch.float64)
+        for task, values in record.losses.items():
+            tensors[f"loss.{task}"] = torch.tensor(values, dtype=torch.float64)
         about = {
             "step": record.steps,
             "seconds": record.seconds,
             "guard": guard.state(),
             "precision": dict(precision),
             "belongs_to": self._belongs_to,
+            "keeper": None if keeper is None else keeper.state(),
         }
+        tensors |= {} if keeper is None else keeper.tensors()
         write_sealed(self.path, tensors, about)
 
     def restore(
@@ -107,6 +112,7 @@ class Progress:
         parameters: list[nn.Parameter],
         optimizer: torch.optim.Optimizer,
         before: list[Tensor],
+        keeper: RollbackGuard | None = None,
     ) -> dict[str, Any]:
         """Put back the state that was saved, if there is a step to go on from.
 
@@ -116,6 +122,7 @@ class Progress:
             parameters: what is trained; changed.
             optimizer: its optimiser; changed.
             before: the parameters before the last step; changed.
+            keeper: the guard that takes back what makes a task worse, if there is one; changed.
 
         Returns:
             The state of the loss scaling of mixed precision.
@@ -131,6 +138,8 @@ class Progress:
         self._check_tensors(tensors, state, record, parameters)
         try:
             guard.restore(about["guard"])
+            if keeper is not None:
+                keeper.restore(about["keeper"], tensors)
             torch.set_rng_state(tensors["random"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise self._unusable(f"its description cannot be gone on from ({reason(error)})") from error
@@ -138,10 +147,11 @@ class Progress:
             parameter.data.copy_(tensors[f"parameter.{index}"])
         before[:] = [tensors[f"before.{index}"] for index in range(len(parameters))]
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        for task in record.entropy:
-            record.entropy[task] = tensors[f"entropy.{task}"].tolist()
+        for task in record.losses:
+            record.losses[task] = tensors[f"loss.{task}"].tolist()
         record.steps, record.seconds = self.step, about["seconds"]
         record.collapsed = guard.collapsed
+        record.interventions = [] if keeper is None else keeper.interventions
         log.info("going on from step %d, saved in %s", self.step, self.path)
         return dict(about["precision"])
 
@@ -174,8 +184,11 @@ class Progress:
     ) -> None:
         """Refuse tensors that are not those of this adaptation, before anything is put back."""
         expected = {f"{kind}.{i}": p.shape for kind in ("parameter", "before") for i, p in enumerate(parameters)}
-        expected |= {f"entropy.{task}": torch.Size([self.step]) for task in record.entropy}
+        expected |= {f"loss.{task}": torch.Size([self.step]) for task in record.losses}
         expected["random"] = torch.get_rng_state().shape
+        kept = [name for name in tensors if name.startswith("guard.") and name.rpartition(".")[2].isdecimal()]
+        places = {name: int(name.rpartition(".")[2]) for name in kept}
+        expected |= {name: parameters[i].shape for name, i in places.items() if i < len(parameters)}
         every = next(iter(state.values()), {})  # an optimiser keeps the same of every parameter
         for i, p in enumerate(parameters if state else []):
             expected |= {f"optimizer.{i}.{k}": p.shape if t.ndim else t.shape for k, t in every.items()}

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from fusion_merge.adaptation.loop import TaskStream
+from torch import nn
+
+from fusion_merge.adaptation.experts import ExpertLogits
+from fusion_merge.adaptation.passes import TaskStream
 from fusion_merge.adaptation.progress import Progress
 from fusion_merge.adaptation.runtime import Fabric, placement_of
 from fusion_merge.pools.batches import LoadedBatches
-from fusion_merge.pools.loaders import adaptation_loader, fitting_workers
+from fusion_merge.pools.loaders import EndlessBatches, adaptation_loader, fitting_workers
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 
 
@@ -24,6 +29,8 @@ def task_streams(
     seed: int,
     num_workers: int,
     start: int = 0,
+    max_steps: int = 0,
+    load_expert: Callable[[str], nn.Module] | None = None,
 ) -> dict[str, TaskStream]:
     """Return the stream of each task.
 
@@ -34,26 +41,26 @@ def task_streams(
         seed: of the image order; each task has another.
         num_workers: the most worker processes a task; sized to the machine.
         start: the step to begin at.
+        max_steps: the step to end at; an expert is asked about the images until then.
+        load_expert: gives a task's own expert, where it may be asked.
     """
     placement = placement_of(fabric)
     workers = fitting_workers(num_workers, len(pools))
-    return {
-        name: TaskStream(
-            batches=iter(
-                adaptation_loader(
-                    pool.images(name),
-                    batch_size,
-                    seed * 1009 + index,
-                    workers=workers,
-                    placement=placement,
-                    start=start,
-                )
-            ),
-            head=pool.head(name).to(fabric.device),
-            num_classes=len(pool.task(name).classnames),
+    streams = {}
+    for index, (name, pool) in enumerate(pools.items()):
+        images, head, order = pool.images(name), pool.head(name).to(fabric.device), seed * 1009 + index
+        share = {"rank": placement.rank, "world_size": placement.world_size}
+        sampler = EndlessBatches(len(images), batch_size, order, start=start, **share)
+        expert = None
+        if load_expert is not None:
+            seen = chain.from_iterable(islice(sampler, max(0, max_steps - start)))
+            load = partial(load_expert, name)
+            expert = ExpertLogits(load, head, images, seen, fabric=fabric, workers=workers)
+        loader = adaptation_loader(
+            images, batch_size, order, workers=workers, placement=placement, start=start, positions=True
         )
-        for index, (name, pool) in enumerate(pools.items())
-    }
+        streams[name] = TaskStream(iter(loader), head, len(pool.task(name).classnames), expert)
+    return streams
 
 
 def close_streams(streams: Mapping[str, TaskStream]) -> None:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from fusion_merge.adaptation.checkpoint import check_trained, load_trained, save_trained
-from fusion_merge.adaptation.loop import OPTIMIZERS, AdaptationRecord, adapt
-from fusion_merge.adaptation.objectives import OBJECTIVES, make_objective
+from fusion_merge.adaptation.experts import ExpertLogits
+from fusion_merge.adaptation.loop import AdaptationRecord, adapt
+from fusion_merge.adaptation.objectives import Objective, make_objective
+from fusion_merge.adaptation.optimization import OPTIMIZERS, SCHEDULES
 from fusion_merge.adaptation.progress import Progress
 from fusion_merge.adaptation.runtime import check_precision, make_fabric
 from fusion_merge.adaptation.streams import close_streams, open_progress, task_streams
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+GUARDS = ("watch", "rollback")
+"""What is done about tasks that degrade."""
+
 
 @dataclasses.dataclass(kw_only=True)
 class AdaptedMethod(Method):
@@ -46,16 +51,29 @@ class AdaptedMethod(Method):
     adapted_part: ClassVar[str] = "parameters"
     """What is adapted, in a word, for messages: `routers`, for example."""
     deciding: ClassVar[tuple[str, ...]] = (
-        *("objective", "optimizer", "lr", "batch_size", "use_grad_accumulate", "seed"),
+        *("objective", "objective_temperature", "tsallis_order", "optimizer", "lr", "lr_schedule", "warmup_steps"),
+        *("weight_decay", "batch_size", "use_grad_accumulate", "mixed_tasks", "guard", "patience", "seed"),
     )
     """The options that an adaptation's course depends on, beside those that shape the model."""
 
-    objective: str = option("entropy", help="what adaptation minimises", choices=tuple(OBJECTIVES))
+    objective: str = option(
+        "entropy", help="what adaptation minimises: entropy, expert_labels, infomax, tsallis, or a weighted sum of them"
+    )
+    objective_temperature: float = option(1.0, help="temperature of `expert_labels`", above=0.0)
+    tsallis_order: float = option(2.0, help="order of `tsallis`", above=0.0)
     optimizer: str = option("adam", help="the optimiser of what is adapted", choices=tuple(OPTIMIZERS))
-    lr: float = option(1e-4, help="learning rate", above=0.0)
+    lr: float = option(1e-4, help="learning rate, at its highest", above=0.0)
+    lr_schedule: str = option("constant", help="how it goes on after warm-up", choices=SCHEDULES)
+    warmup_steps: int = option(0, help="steps over which it rises", minimum=0)
+    weight_decay: float = option(0.0, help="weight decay of what is adapted", minimum=0.0)
     max_steps: int = option(1000, help="adaptation steps; each takes one batch of each task", minimum=0)
     batch_size: int = option(16, help="images of each task a step", minimum=1)
     use_grad_accumulate: bool = option(True, help="backward after each task: the same gradient in less memory")
+    mixed_tasks: bool = option(False, help="put the batches of all tasks through the model as one")
+    guard: str = option(
+        "watch", help="of tasks that degrade: warn, or roll back to their best and mend their loss", choices=GUARDS
+    )
+    patience: int = option(0, help="steps without improvement after which `guard=rollback` ends; 0 never", minimum=0)
     tta_split: str = option("test", help="adapt on what is scored, or on another split of it", choices=TTA_SPLITS)
     num_workers: int = option(16, help="the most worker processes a task; sized to the machine", minimum=0)
     devices: int | str = option(1, help="devices; on the command line the same as `fabric.devices`")
@@ -67,6 +85,7 @@ class AdaptedMethod(Method):
     cache_dir: str | None = option(None, help="folder of the adaptation's state; null keeps none")
     fast_dev_run: bool = option(False, help="take a single step, to try things out")
 
+    _objective: Objective = dataclasses.field(init=False, repr=False)
     record: AdaptationRecord | None = dataclasses.field(default=None, init=False, repr=False)
     """What happened during the last adaptation."""
     adapted_on: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict, init=False, repr=False)
@@ -79,6 +98,11 @@ class AdaptedMethod(Method):
         for key in ("checkpoint", "save_checkpoint"):
             if getattr(self, key) is True:
                 raise ConfigError(f"`{key}`=True says not where; give a path, or false")
+        self._objective = make_objective(
+            self.objective, temperature=self.objective_temperature, order=self.tsallis_order
+        )
+        if self.patience and self.guard != "rollback":
+            raise ConfigError(f"`patience`={self.patience} is that of a guard that acts; choose `guard`=rollback too")
         if self.resume and self.cache_dir is None:
             raise ConfigError("`resume`=True needs the folder that holds the adaptation's state; give `cache_dir`")
 
@@ -160,6 +184,14 @@ class AdaptedMethod(Method):
                 log.info("%s saved to %s", self.adapted_part, keep)
             return self.finish(model, pools, keep)
 
+    @property
+    def _steps(self) -> int:
+        return 1 if self.fast_dev_run else self.max_steps
+
+    @property
+    def _asks_experts(self) -> bool:
+        return self._objective.needs_experts or self.guard == "rollback"
+
     def on_run_end(self) -> None:
         """See `Method.on_run_end`: forget where the adaptation was, unless it was interrupted."""
         if self._progress is not None and not (self.record is not None and self.record.interrupted):
@@ -181,18 +213,30 @@ class AdaptedMethod(Method):
                 seed=self.seed,
                 num_workers=self.num_workers,
                 start=progress.step if progress is not None else 0,
+                max_steps=self._steps,
+                load_expert=modelpool.load_model if self._asks_experts else None,
             )
+            if self._objective.needs_experts:
+                for stream in streams.values():
+                    if isinstance(stream.expert, ExpertLogits):
+                        stream.expert.prepare()
         try:
             self.record = adapt(
                 model,
                 list(self.trained(model).values()),
                 streams,
                 fabric=fabric,
-                objective=make_objective(self.objective),
+                objective=self._objective,
                 optimizer=self.optimizer,
                 lr=self.lr,
-                max_steps=1 if self.fast_dev_run else self.max_steps,
+                lr_schedule=self.lr_schedule,
+                warmup_steps=self.warmup_steps,
+                weight_decay=self.weight_decay,
+                max_steps=self._steps,
                 use_grad_accumulate=self.use_grad_accumulate,
+                mixed_tasks=self.mixed_tasks,
+                rollback=self.guard == "rollback",
+                patience=self.patience,
                 progress=progress,
                 what=self.adapted_part,
             )
@@ -211,7 +255,8 @@ class AdaptedMethod(Method):
         if self.cache_dir is None or self.fast_dev_run:
             return None
         belongs_to = self._belongs_to(modelpool) | {"tower": plain_config(modelpool.config())}
-        belongs_to["adaptation"] = {name: getattr(self, name) for name in self.deciding}
+        course = (*self.deciding, "max_steps") if self.lr_schedule == "cosine" else self.deciding
+        belongs_to["adaptation"] = {name: getattr(self, name) for name in course}
         how: dict[str, Any] = {"save_every": self.save_every, "resume": self.resume}
         progress = open_progress(self.cache_dir, self.method_name, belongs_to, pools, fabric, **how)
         if progress.step > self.max_steps:

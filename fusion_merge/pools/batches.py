@@ -42,16 +42,19 @@ class ImageLoader(DataLoader[Any]):
         images: the images.
         batch_sampler: the indices of each batch.
         replace: take the next good image in the place of a bad one that is left out, so that batches keep their size.
+        positions: give the positions that were asked for instead of labels.
         **options: those of torch's `DataLoader`.
 
     Raises:
         DataError: while batches are taken: if an image cannot be used, or a worker process ends.
     """
 
-    def __init__(self, images: TaskImages, batch_sampler: Any, *, replace: bool, **options: Any) -> None:
+    def __init__(
+        self, images: TaskImages, batch_sampler: Any, *, replace: bool, positions: bool = False, **options: Any
+    ) -> None:
         workers = 0 if images.cached else options.pop("num_workers", 0)
         super().__init__(
-            _BatchReader(images, replace),
+            _BatchReader(images, replace, positions),
             batch_sampler=batch_sampler,
             collate_fn=_as_it_is,
             worker_init_fn=_leave_interrupts,
@@ -136,16 +139,18 @@ class LoadedBatches(Iterator[Any]):
 class _BatchReader(Dataset[Any]):
     """Reads whole batches, so that it can tell what is wrong with some of their images."""
 
-    def __init__(self, images: TaskImages, replace: bool) -> None:
+    def __init__(self, images: TaskImages, replace: bool, positions: bool) -> None:
         self._images = images
         self._replace = replace
+        self._positions = positions
 
     def __getitems__(self, indices: list[int]) -> ImageBatch:
         images, items, bad = self._images, [], {}
         try:
             for index in indices:
                 try:
-                    items.append(images.good(index) if self._replace else images[index])
+                    pixels, label = images.good(index) if self._replace else images[index]
+                    items.append((pixels, index if self._positions else label))
                 except BadImageError:
                     if images.on_bad_image is OnBadImage.ERROR:
                         raise

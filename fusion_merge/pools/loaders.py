@@ -82,7 +82,14 @@ class EndlessBatches(Sampler[list[int]]):
 
 
 def adaptation_loader(
-    images: TaskImages, batch_size: int, seed: int, *, workers: int, placement: Placement, start: int = 0
+    images: TaskImages,
+    batch_size: int,
+    seed: int,
+    *,
+    workers: int,
+    placement: Placement,
+    start: int = 0,
+    positions: bool = False,
 ) -> ImageLoader:
     """Return a loader that gives shuffled batches without end, all of one size.
 
@@ -93,6 +100,7 @@ def adaptation_loader(
         workers: how many worker processes read them.
         placement: which share of the images this process takes.
         start: how many batches to skip.
+        positions: give the images' positions instead of labels.
     """
     sampler = EndlessBatches(
         len(images), batch_size, seed, start=start, rank=placement.rank, world_size=placement.world_size
@@ -101,6 +109,7 @@ def adaptation_loader(
         images,
         sampler,
         replace=True,
+        positions=positions,
         num_workers=workers,
         persistent_workers=workers > 0 and not images.cached,
         generator=torch.Generator().manual_seed(seed),

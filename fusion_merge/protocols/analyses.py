@@ -291,16 +291,21 @@ class Analysis:
     def _loss(self, fabric: Fabric) -> Path:
         self._make(fabric)
         record = getattr(self.program.method, "record", None)
-        if record is None or not record.entropy:
+        if record is None or not record.losses:
             raise ConfigError(f"`{self.program.method.method_name}` adapted nothing; choose more `method.max_steps`")
-        steps = zip(*record.entropy.values(), strict=True)
+        steps = zip(*record.losses.values(), strict=True)
         first = record.resumed_at + 1
         lines: Lines = [
-            {"step": first + i, **dict(zip(record.entropy, values, strict=True))} for i, values in enumerate(steps)
+            {"step": first + i, **dict(zip(record.losses, values, strict=True))} for i, values in enumerate(steps)
         ]
-        about = {"unit": "nats", "steps": record.steps, "collapsed": record.collapsed, **self._about_method()}
+        about = {
+            "unit": "nats" if record.measure == "entropy" else record.measure,
+            "steps": record.steps,
+            "collapsed": record.collapsed,
+            **self._about_method(),
+        }
         if fabric.is_global_zero:
-            loss_curve(self._picture(fabric), record.entropy)
+            loss_curve(self._picture(fabric), record.losses, record.measure)
         return self._write(lines, about, fabric)
 
     def _sweep(self, fabric: Fabric) -> Path:

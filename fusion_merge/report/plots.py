@@ -11,22 +11,25 @@ from torch import Tensor
 from fusion_merge.report.drawing import LINES, colours, heatmap, new_figure, plain_axis, save_figure
 
 
-def loss_curve(path: Path, entropy: Mapping[str, Sequence[float]]) -> None:
-    """Draw the entropy of each task over the adaptation steps, smoothed, and their mean.
+def loss_curve(path: Path, losses: Mapping[str, Sequence[float]], measure: str = "entropy") -> None:
+    """Draw the entropy, or other loss, of each task over the adaptation steps, smoothed, and their mean.
 
     Args:
         path: the picture's file.
-        entropy: for each task, the entropy of each step, in nats.
+        losses: for each task, that of each step.
+        measure: what it is: `entropy`, in nats, or the `loss` of another objective.
     """
     import numpy as np
 
     figure, (axis,) = new_figure((7.0, 4.0))
-    smooth = {name: _smooth(np.asarray(values)) for name, values in entropy.items()}
-    for index, ((name, values), colour) in enumerate(zip(smooth.items(), colours(len(entropy)), strict=True)):
+    smooth = {name: _smooth(np.asarray(values)) for name, values in losses.items()}
+    for index, ((name, values), colour) in enumerate(zip(smooth.items(), colours(len(losses)), strict=True)):
         axis.plot(values, color=colour, linewidth=1.2, linestyle=LINES[index % len(LINES)], label=name)
     mean = np.mean(list(smooth.values()), axis=0)
     axis.plot(mean, color="black", linewidth=2.5, label="mean")
-    axis.set(xlabel="adaptation step", ylabel="entropy of predictions (nats)", ylim=(0, None))
+    label = "entropy of predictions (nats)" if measure == "entropy" else measure
+    axis.set(xlabel="adaptation step", ylabel=label)
+    axis.set_ylim(min(0.0, axis.get_ylim()[0]) if measure == "loss" else 0, None)
     axis.xaxis.get_major_locator().set_params(integer=True)
     plain_axis(axis)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -315,7 +315,7 @@ def test_fast_dev_run_takes_one_step(name, modelpool):
     method = quick(name, max_steps=5, fast_dev_run=True)
     method.run(modelpool)
     assert method.record.steps == 1
-    assert {task: len(values) for task, values in method.record.entropy.items()} == dict.fromkeys(TASKS, 1)
+    assert {task: len(values) for task, values in method.record.losses.items()} == dict.fromkeys(TASKS, 1)
 
 
 @every_routed_method
@@ -406,7 +406,7 @@ def test_gradient_accumulation_changes_nothing_but_memory(name, modelpool):
 def test_adaptation_lowers_the_entropy(name, modelpool):
     method = quick(name, lr=0.01, max_steps=20, batch_size=6)
     method.run(modelpool)
-    first, last = (sum(values[i] for values in method.record.entropy.values()) for i in (0, -1))
+    first, last = (sum(values[i] for values in method.record.losses.values()) for i in (0, -1))
     assert last < first
 
 

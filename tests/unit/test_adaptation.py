@@ -20,8 +20,10 @@ from lightning_fabric.loggers.logger import Logger
 from torch import nn
 
 from fusion_merge.adaptation.guard import CollapseGuard
-from fusion_merge.adaptation.loop import AdaptationRecord, TaskStream, adapt, make_optimizer
+from fusion_merge.adaptation.loop import AdaptationRecord, adapt
 from fusion_merge.adaptation.objectives import entropy, make_objective, mean_entropy
+from fusion_merge.adaptation.optimization import make_optimizer
+from fusion_merge.adaptation.passes import TaskStream
 from fusion_merge.adaptation.runtime import make_fabric, placement_of
 from fusion_merge.errors import AdaptationError, ConfigError
 from fusion_merge.moe import Routing, SoftTopK
@@ -155,7 +157,7 @@ def test_the_guard_watches_tasks_apart():
 def test_adaptation_lowers_the_entropy(kind, routing):
     streams = _streams(**{task: repeat(next(_batches(seed))) for seed, task in enumerate(TASKS)})
     record = _adapt(upcycled_toy(kind, routing=routing), streams, max_steps=40)
-    first, *_, last = [sum(record.entropy[task][step] for task in TASKS) for step in range(40)]
+    first, *_, last = [sum(record.losses[task][step] for task in TASKS) for step in range(40)]
     assert last < 0.9 * first
 
 
@@ -236,7 +238,7 @@ def test_the_same_seed_gives_the_same_routers_bit_for_bit(accumulate):
     torch.rand(3)
     second = _adapt(again, use_grad_accumulate=accumulate)
     assert same_state(_routers(model), _routers(again))
-    assert first.entropy == second.entropy
+    assert first.losses == second.losses
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
@@ -265,7 +267,7 @@ def test_no_steps_change_nothing():
     before = _routers(model)
     record = _adapt(model, max_steps=0)
     assert same_state(_routers(model), before)
-    assert (record.steps, record.entropy) == (0, {"cats": [], "dogs": []})
+    assert (record.steps, record.losses) == (0, {"cats": [], "dogs": []})
 
 
 def _broken_at(step: int, value: float) -> Iterator:
@@ -335,7 +337,7 @@ def test_ctrl_c_ends_after_the_step_under_way_and_keeps_the_routers(caplog):
     record = _adapt(model, _streams(cats=_interrupting_at(2)), max_steps=10)
     _adapt(reference, max_steps=3)
     assert record.interrupted
-    assert record.steps == len(record.entropy["cats"]) == 3
+    assert record.steps == len(record.losses["cats"]) == 3
     assert same_state(_routers(model), _routers(reference))
     assert "interrupted after step 3 of 10" in caplog.text
 
@@ -365,7 +367,7 @@ def test_ctrl_c_means_again_what_it_meant_before(ends_by):
 def test_an_undisturbed_adaptation_records_every_step():
     record = _adapt(upcycled_toy(), max_steps=4)
     assert (record.interrupted, record.steps, record.collapsed) == (False, 4, {})
-    assert [len(values) for values in record.entropy.values()] == [4, 4]
+    assert [len(values) for values in record.losses.values()] == [4, 4]
 
 
 def test_the_adapted_model_is_the_plain_module_it_was_in_eval_mode():
@@ -397,9 +399,9 @@ def test_metrics_are_logged_for_each_task_and_step(tmp_path):
     rows = _logged(tmp_path)
     assert [int(row["step"]) for row in rows] == [0, 1, 2, 3]
     for task in TASKS:
-        assert [float(row[f"entropy/{task}"]) for row in rows] == pytest.approx(record.entropy[task])
+        assert [float(row[f"entropy/{task}"]) for row in rows] == pytest.approx(record.losses[task])
         assert all(0 < float(row[f"top_class_share/{task}"]) <= 1 for row in rows)
-    mean = [sum(record.entropy[task][i] for task in TASKS) / 2 for i in range(4)]
+    mean = [sum(record.losses[task][i] for task in TASKS) / 2 for i in range(4)]
     assert [float(row["entropy/mean"]) for row in rows] == pytest.approx(mean)
 
 
@@ -500,7 +502,7 @@ def test_a_log_that_cannot_be_written_costs_nothing_else(caplog):
     logger = _FullDisk()
     fabric = Fabric(accelerator="cpu", loggers=[logger])
     full, expected = upcycled_toy(), upcycled_toy()
-    assert _adapt(full, fabric=fabric, max_steps=4).entropy == _adapt(expected, max_steps=4).entropy
+    assert _adapt(full, fabric=fabric, max_steps=4).losses == _adapt(expected, max_steps=4).entropy
     assert same_state(full.state_dict(), expected.state_dict())
     assert logger.lines == 2
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]

@@ -36,7 +36,7 @@ def test_a_resumed_adaptation_ends_in_the_same_bits(tmp_path, optimizer, stop):
     adapted(_progress(tmp_path), stop, optimizer=optimizer)
     resumed, record = adapted(_progress(tmp_path, resume=True), 8, optimizer=optimizer)
     assert same_state(_state(resumed), _state(whole))
-    assert (record.steps, record.entropy, record.collapsed) == (8, expected.entropy, expected.collapsed)
+    assert (record.steps, record.losses, record.collapsed) == (8, expected.losses, expected.collapsed)
 
 
 def test_keeping_progress_changes_nothing(tmp_path):
@@ -54,7 +54,7 @@ def test_the_state_is_saved_every_so_often_and_at_the_end(tmp_path, monkeypatch)
 def test_progress_that_is_not_wanted_is_replaced(tmp_path):
     adapted(_progress(tmp_path), 4)
     _, record = adapted(_progress(tmp_path), 2)
-    assert record.steps == len(record.entropy["cats"]) == 2
+    assert record.steps == len(record.losses["cats"]) == 2
     assert _progress(tmp_path, resume=True).step == 2
 
 
