@@ -97,7 +97,7 @@ class Passes:
                 pixels, positions = batches[name]
                 pooled = features[name] if self._mixed else self._features(pixels)
                 scores = stream.head(pooled)
-                if stream.expert is not None and (self._asks or self._rescued(name)):
+                if stream.expert is not None and (self._asks or self._keeper is not None):
                     experts[name] = stream.expert(positions).to(scores.device)
                 loss = self._loss(name, scores, experts.get(name))
                 if self._accumulate:

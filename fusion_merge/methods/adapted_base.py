@@ -123,6 +123,21 @@ class AdaptedMethod(Method):
             model: what `start` returned.
         """
 
+    @property
+    def looks_at_images(self) -> bool:
+        """Whether images are needed, unless a checkpoint is loaded."""
+        return self.max_steps > 0
+
+    def prepare(self, model: Any, pools: Mapping[str, CLIPVisionModelTaskPool], fabric: Fabric) -> None:
+        """Do what comes before the first step, such as looking at a few images; by default nothing.
+
+        Args:
+            model: what `start` returned, on its device; may be changed.
+            pools: for each task, the pool of its images.
+            fabric: where to compute.
+        """
+        return
+
     def finish(self, model: Any, pools: Mapping[str, CLIPVisionModelTaskPool], keep: str | None) -> Any:
         """Return what the method makes of the adapted model; by default the model itself.
 
@@ -138,7 +153,7 @@ class AdaptedMethod(Method):
         super().check(modelpool, taskpool)
         if self.checkpoint:
             check_trained(str(self.checkpoint), self._belongs_to(modelpool), self.adapted_part)
-        elif self.max_steps > 0:
+        elif self.looks_at_images:
             for pool in set(self.adaptation_pools(modelpool, taskpool).values()):
                 pool.check()
             if self.cache_dir is not None:
@@ -173,7 +188,7 @@ class AdaptedMethod(Method):
             if self.checkpoint:
                 belongs_to = self._belongs_to(modelpool)
                 load_trained(str(self.checkpoint), self.trained(model), belongs_to, self.adapted_part)
-        if not self.checkpoint and self.max_steps > 0:
+        if not self.checkpoint and self.looks_at_images:
             pools = self.adaptation_pools(modelpool, taskpool)
             self._adapt(model, modelpool, pools, fabric)
             self.adapted_on = adapted_origins(pools)
@@ -206,6 +221,10 @@ class AdaptedMethod(Method):
     ) -> None:
         with together():
             progress = self._progress = self._open_progress(modelpool, pools, fabric)
+            if progress is None or progress.step == 0:
+                self.prepare(model, pools, fabric)
+            if self.max_steps == 0:
+                return
             streams = task_streams(
                 pools,
                 fabric,
@@ -216,7 +235,7 @@ class AdaptedMethod(Method):
                 max_steps=self._steps,
                 load_expert=modelpool.load_model if self._asks_experts else None,
             )
-            if self._objective.needs_experts:
+            if self._asks_experts:
                 for stream in streams.values():
                     if isinstance(stream.expert, ExpertLogits):
                         stream.expert.prepare()

@@ -61,6 +61,10 @@ class EWEMoEAlgorithm(MoEMethod):
                 f"`position_encoding_dim`={self.position_encoding_dim} is odd or too wide; "
                 f"choose an even number up to {_WIDEST_CODE}"
             )
+        if self.shared_gate and self.router_start != "constant":
+            raise ConfigError(
+                f"`router_start`={self.router_start} needs a router for each layer; choose `shared_gate`=false too"
+            )
         if self.position_encoding and not (self.shared_gate and self.router_hidden_layers):
             raise ConfigError(
                 "`position_encoding`=True tells a shared router which layer it decides for; it needs "
@@ -76,19 +80,18 @@ class EWEMoEAlgorithm(MoEMethod):
         """See `MoEMethod.experts_spec`."""
         return sparse_spec(num_tasks, num_tasks * num_survivors(in_features * out_features, self.tv_prune_ratio))
 
-    def router_maker(self, generator: torch.Generator) -> MakeRouter:
+    def router_maker(self, generator: torch.Generator, num_tasks: int) -> MakeRouter:
         """See `MoEMethod.router_maker`: the first layer's router serves all, if it is shared."""
         if not self.shared_gate:
-            return super().router_maker(generator)
+            return super().router_maker(generator, num_tasks)
+        weight = self.static_weight(num_tasks)
         code = self.position_encoding_dim if self.position_encoding else 0
         shared: list[Router] = []
 
         def share(index: int, width: int, count: int) -> Router:
             if not shared:
                 wide = width + code
-                router = make_router(
-                    self.router_hidden_layers, wide, count, self.init_lambda, hidden=wide, generator=generator
-                )
+                router = make_router(self.router_hidden_layers, wide, count, weight, hidden=wide, generator=generator)
                 shared.append(router)
             return LayerEncodedRouter(shared[0], index, code) if code else shared[0]
 

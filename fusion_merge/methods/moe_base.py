@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fusion_merge.adaptation.checkpoint import add_coefficients, load_coefficients, router_state
+from fusion_merge.adaptation.starts import STARTS, projection_start, ridge_start
 from fusion_merge.errors import ConfigError
 from fusion_merge.methods.adapted_base import AdaptedMethod
 from fusion_merge.models.clip import empty_tower, load_tower_state, vision_backbone
@@ -22,10 +25,11 @@ from fusion_merge.models.parameters import moved_most
 from fusion_merge.moe import Experts, Routing, find_blocks, make_router, route_mlps, set_routing, upcycle_mlps
 from fusion_merge.moe.blocks import TARGETS, check_layers, chosen_blocks, layers_of
 from fusion_merge.moe.experts import TaskVector, empty_experts
+from fusion_merge.moe.router import ProjectionRouter
 from fusion_merge.moe.selection import Selection
 from fusion_merge.moe.upcycle import EXPERT_DTYPES, MakeRouter, stored
 from fusion_merge.options import option
-from fusion_merge.pools.loaders import Placement, evaluation_loader
+from fusion_merge.pools.loaders import Placement, adaptation_loader, evaluation_loader
 from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 from fusion_merge.task_vectors import StaticMerge, scaled
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from fusion_merge.adaptation.runtime import Fabric
 
 Builder = Callable[["MoEMethod", CLIPVisionModelPool, torch.device], MergedCLIPVisionModel]
+
+log = logging.getLogger(__name__)
 
 _MEASURED = 64  # images of each task by which its mean coefficients are measured
 
@@ -50,11 +56,13 @@ class MoEMethod(AdaptedMethod):
 
     routed: ClassVar[bool] = True
     adapted_part: ClassVar[str] = "routers"
-    deciding: ClassVar[tuple[str, ...]] = (*AdaptedMethod.deciding, "batch_reduce", "expert_dtype")
+    deciding: ClassVar[tuple[str, ...]] = (*AdaptedMethod.deciding, "batch_reduce", "expert_dtype", "start_images")
 
     router_hidden_layers: int = option(2, help="linear layers of a router", choices=(0, 1, 2), shapes_model=True)
-    init_lambda: float = option(
-        0.3, help="λ: static weight of task vectors and start of coefficients", shapes_model=True
+    init_lambda: float | None = option(
+        0.3,
+        help="λ: static weight of task vectors and start of coefficients; null is one over the number of tasks",
+        shapes_model=True,
     )
     expert_dtype: str = option(
         "float32", help="what the experts are stored in; products are formed in float32", choices=tuple(EXPERT_DTYPES)
@@ -67,11 +75,36 @@ class MoEMethod(AdaptedMethod):
         help="which layers do: all, a list from 0 such as [0, 3], or critical:K, the K that fine-tuning moved most",
         shapes_model=True,
     )
+    router_start: str = option(
+        "constant",
+        help="where routers start: at λ, by projection on tasks' subspaces, or by ridge regression on a few images",
+        choices=STARTS,
+        shapes_model=True,
+    )
+    start_images: int = option(64, help="images of each task that `router_start=ridge` looks at", minimum=1)
+    start_rank: int = option(
+        16, help="directions of each task that `router_start=projection` looks at", minimum=1, shapes_model=True
+    )
     batch_reduce: bool = option(True, help="one merged weight a batch during adaptation, instead of one a sample")
     inference_batch_reduce: bool = option(False, help="one merged weight a batch after adaptation too")
 
     builder: Builder | None = dataclasses.field(default=None, init=False, repr=False)
     """What gives the model that is not adapted yet, if not `build`; see `BuiltOnce`."""
+
+    def __post_init__(self) -> None:
+        """Check all options.
+
+        Raises:
+            ConfigError: if one is out of range, or does not go with another.
+        """
+        super().__post_init__()
+        if self.mixed_tasks and self.batch_reduce:
+            raise ConfigError(
+                "`mixed_tasks`=True puts the images of all tasks into one batch, which cannot share one merged weight; "
+                "choose `batch_reduce`=false too"
+            )
+        if self.router_start == "ridge" and self.router_hidden_layers == 0:
+            raise ConfigError("`router_start`=ridge needs routers with an input; choose `router_hidden_layers` 1 or 2")
 
     @abstractmethod
     def make_experts(self, path: str, task_vectors: Sequence[TaskVector], device: torch.device) -> Experts:
@@ -93,15 +126,30 @@ class MoEMethod(AdaptedMethod):
             out_features: O.
         """
 
-    def router_maker(self, generator: torch.Generator) -> MakeRouter:
+    def static_weight(self, num_tasks: int) -> float:
+        """Return λ.
+
+        Args:
+            num_tasks: N.
+        """
+        return 1 / num_tasks if self.init_lambda is None else self.init_lambda
+
+    def router_maker(self, generator: torch.Generator, num_tasks: int) -> MakeRouter:
         """Return what makes the routers of a model, layer after layer; by default each layer has its own.
 
         Args:
             generator: where random weights come from.
+            num_tasks: N.
         """
+        weight = self.static_weight(num_tasks)
         return lambda index, width, count: make_router(
-            self.router_hidden_layers, width, count, self.init_lambda, hidden=width, generator=generator
+            self.router_hidden_layers, width, count, weight, hidden=width, generator=generator
         )
+
+    def _router_maker(self, generator: torch.Generator, num_tasks: int) -> MakeRouter:
+        if self.router_start == "projection":
+            return lambda index, width, count: ProjectionRouter(width, num_tasks, count, self.start_rank)
+        return self.router_maker(generator, num_tasks)
 
     def make_selection(self) -> Selection | None:
         """Return how many coefficients take part; by default all."""
@@ -152,6 +200,30 @@ class MoEMethod(AdaptedMethod):
         """See `AdaptedMethod.trained`: all routers, a shared one once."""
         return router_state(model)
 
+    @property
+    def looks_at_images(self) -> bool:
+        """See `AdaptedMethod.looks_at_images`: routers that start from images need them without any step too."""
+        return super().looks_at_images or self.router_start == "ridge"
+
+    def prepare(
+        self, model: MergedCLIPVisionModel, pools: Mapping[str, CLIPVisionModelTaskPool], fabric: Fabric
+    ) -> None:
+        """See `AdaptedMethod.prepare`: start routers from a few images of each task."""
+        if self.router_start != "ridge":
+            return
+        begun = time.perf_counter()
+        images = {}
+        for index, (name, pool) in enumerate(pools.items()):
+            own = pool.images(name)
+            order = self.seed * 1009 + index  # as adaptation will see them
+            loader = adaptation_loader(
+                own, min(self.start_images, len(own)), order, workers=0, placement=Placement(fabric.device)
+            )
+            images[name] = next(iter(loader))[0]
+        ridge_start(model, images)
+        count = sum(len(batch) for batch in images.values())
+        log.info("routers start from %d images (ridge regression, %.1f s)", count, time.perf_counter() - begun)
+
     def finish(
         self, model: MergedCLIPVisionModel, pools: Mapping[str, CLIPVisionModelTaskPool], keep: str | None
     ) -> MergedCLIPVisionModel:
@@ -185,7 +257,7 @@ class MoEMethod(AdaptedMethod):
         backbone = vision_backbone(empty_tower(modelpool.config()))
         chosen = self.routed_blocks(backbone, partial(moved_most, pretrained, finetuned))
         leave = tuple(f"{name}." for name in chosen)
-        static = StaticMerge(pretrained, finetuned, scaled(self.init_lambda), leave=leave)
+        static = StaticMerge(pretrained, finetuned, scaled(self.static_weight(len(finetuned))), leave=leave)
         load_tower_state(backbone, static, where="the static merge")
 
         def make_experts(path: str, task_vectors: Sequence[TaskVector]) -> Experts:
@@ -198,7 +270,7 @@ class MoEMethod(AdaptedMethod):
                 pretrained,
                 finetuned,
                 make_experts=make_experts,
-                make_router=self.router_maker(torch.Generator().manual_seed(self.seed)),
+                make_router=self._router_maker(torch.Generator().manual_seed(self.seed), len(finetuned)),
                 routing=Routing.BATCH if self.batch_reduce else Routing.SAMPLE,
                 selection=self.make_selection(),
                 chosen=chosen,
@@ -206,6 +278,8 @@ class MoEMethod(AdaptedMethod):
                 progress=bar.update,
                 in_place=True,
             )
+        if self.router_start == "projection":
+            projection_start(tower, len(finetuned))
         return MergedCLIPVisionModel.from_tower(
             tower,
             tasks=modelpool.model_names,
@@ -241,7 +315,7 @@ class MoEMethod(AdaptedMethod):
             tower = route_mlps(
                 backbone,
                 make_bank=make_bank,
-                make_router=self.router_maker(torch.Generator("cpu")),
+                make_router=self._router_maker(torch.Generator("cpu"), num_tasks),
                 routing=Routing.BATCH if self.batch_reduce else Routing.SAMPLE,
                 selection=self.make_selection(),
                 chosen=self.routed_blocks(backbone, list),

@@ -10,6 +10,7 @@ import torch
 from transformers import CLIPVisionConfig
 
 from fusion_merge.errors import ConfigError
+from fusion_merge.methods.low_rank import check_rank, svd_device
 from fusion_merge.methods.moe_base import MoEMethod
 from fusion_merge.moe import LowRankExperts, SoftTopK, make_router
 from fusion_merge.moe.experts import TaskVector, low_rank_spec
@@ -50,13 +51,7 @@ class RankOneMoEAlgorithm(MoEMethod):
     def check_shapes(self, config: CLIPVisionConfig, num_tasks: int) -> None:
         """See `MoEMethod.check_shapes`: rank and selection against the width of the tower."""
         super().check_shapes(config, num_tasks)
-        limit = min(config.hidden_size, config.intermediate_size)
-        if self.rank_k == 0 or self.rank_k > limit:
-            raise ConfigError(
-                f"`rank_k`={self.rank_k} is not in 1-{limit}, the possible ranks at `encoder.layers.0.mlp.fc1` "
-                f"({config.intermediate_size} x {config.hidden_size}); choose 1-{limit}, or -1 for full rank"
-            )
-        experts = num_tasks * (limit if self.rank_k == -1 else self.rank_k)
+        experts = num_tasks * check_rank(self.rank_k, config)
         if self.select_k == 0 or self.select_k > experts:
             raise ConfigError(
                 f"`select_k`={self.select_k} is not in 1-{experts}, the number of experts of a layer; "
@@ -65,39 +60,26 @@ class RankOneMoEAlgorithm(MoEMethod):
 
     def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
         """See `Method.check`: also whether there is the device to decompose on."""
-        _svd_device(self.svd_accelerator, torch.device("cpu"))
+        svd_device(self.svd_accelerator, torch.device("cpu"))
         super().check(modelpool, taskpool)
 
     def make_experts(self, path: str, task_vectors: Sequence[TaskVector], device: torch.device) -> LowRankExperts:
         """See `MoEMethod.make_experts`."""
-        where = _svd_device(self.svd_accelerator, device)
-        return LowRankExperts.from_task_vectors(task_vectors, self.rank_k, self.init_lambda, where)
+        where = svd_device(self.svd_accelerator, device)
+        return LowRankExperts.from_task_vectors(task_vectors, self.rank_k, self.static_weight(len(task_vectors)), where)
 
     def experts_spec(self, num_tasks: int, in_features: int, out_features: int) -> dict[str, Any]:
         """See `MoEMethod.experts_spec`."""
         rank = min(in_features, out_features) if self.rank_k == -1 else self.rank_k
-        return low_rank_spec(num_tasks, rank, self.init_lambda)
+        return low_rank_spec(num_tasks, rank, self.static_weight(num_tasks))
 
-    def router_maker(self, generator: torch.Generator) -> MakeRouter:
+    def router_maker(self, generator: torch.Generator, num_tasks: int) -> MakeRouter:
         """See `MoEMethod.router_maker`: between two layers a router is 2·K wide."""
+        weight = self.static_weight(num_tasks)
         return lambda index, width, count: make_router(
-            self.router_hidden_layers, width, count, self.init_lambda, hidden=2 * count, generator=generator
+            self.router_hidden_layers, width, count, weight, hidden=2 * count, generator=generator
         )
 
     def make_selection(self) -> SoftTopK | None:
         """See `MoEMethod.make_selection`."""
         return SoftTopK(self.select_k) if self.select_k > 0 else None
-
-
-def _svd_device(accelerator: str, auto: torch.device) -> torch.device:
-    """Return the device that `svd_accelerator` stands for."""
-    if accelerator == "auto":
-        return auto
-    try:
-        device = torch.device("cuda" if accelerator == "gpu" else accelerator)
-        torch.empty(1, device=device).item()  # no value comes back from `meta`
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"`svd_accelerator`={accelerator!r} is not on this machine; choose `auto` or `cpu`"
-        ) from error
-    return device

@@ -42,6 +42,20 @@ class Router(nn.Module, ABC):
         """
         return _mean(self(tokens))
 
+    def readout(self, tokens: Tensor) -> tuple[Tensor, nn.Linear]:
+        """Return what the last linear layer reads of each sample, and that layer: `pooled` is its output.
+
+        Args:
+            tokens: the input of the MLP.
+
+        Shape:
+            (B, T, D) → (B, F).
+
+        Raises:
+            ConfigError: if this kind of router has no such layer.
+        """
+        raise ConfigError(f"`{type(self).__name__}` does not end in a linear layer of its own that could be solved for")
+
     @abstractmethod
     def spec(self) -> dict[str, Any]:
         """Return what `empty_router` needs to make a router of the same shapes, as plain JSON values."""
@@ -109,6 +123,10 @@ class LinearRouter(Router):
         """See `Router.pooled`: of a linear map, the mean of the outputs is the output of the mean."""
         return _exact_linear(self.out, _mean(tokens))  # (B, K)
 
+    def readout(self, tokens: Tensor) -> tuple[Tensor, nn.Linear]:
+        """See `Router.readout`: the mean token."""
+        return _mean(tokens), self.out  # (B, D)
+
     def spec(self) -> dict[str, Any]:
         """See `Router.spec`."""
         return {"kind": "linear", "width": self.width, "num_coefficients": self.num_coefficients}
@@ -150,8 +168,12 @@ class MLPRouter(Router):
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """See `Router.pooled`: the last layer is linear, and sees the mean of its inputs."""
-        hidden = torch.relu(self.inner(tokens))  # (B, T, hidden)
-        return _exact_linear(self.out, _mean(hidden))  # (B, K)
+        features, out = self.readout(tokens)
+        return _exact_linear(out, features)  # (B, K)
+
+    def readout(self, tokens: Tensor) -> tuple[Tensor, nn.Linear]:
+        """See `Router.readout`: the mean of what the tokens excite between the two layers."""
+        return _mean(torch.relu(self.inner(tokens))), self.out  # (B, hidden)
 
     def spec(self) -> dict[str, Any]:
         """See `Router.spec`."""
@@ -161,6 +183,63 @@ class MLPRouter(Router):
             "hidden": self.hidden,
             "num_coefficients": self.num_coefficients,
         }
+
+
+@final
+class ProjectionRouter(Router):
+    r"""Chooses by how much of a sample lies in each task's right singular subspace, and learns what to add to that.
+
+    .. math:: e_n = \frac{\sum_t \lVert V_n x_t \rVert^2}{\sum_t \lVert x_t \rVert^2}, \qquad
+              z = \frac{e - \operatorname{mean}(e)}{\operatorname{std}(e)}, \qquad
+              g_{nj} = \operatorname{softmax}(\kappa z)_n + A x + a
+
+    1 - e is the relative residual of the projection. κ starts at 3, A and a at zero, and these three are adapted; V is
+    fixed. `pooled` is no mean over `forward`, which looks at each token by itself.
+
+    Args:
+        width: D.
+        num_tasks: N.
+        num_coefficients: K, a multiple of N.
+        rank: R, the directions of each task, at most D.
+
+    Source: after MASS, arXiv 2504.05342 (which projects at one layer and routes whole models), and SMILE, 2408.10174.
+    """
+
+    subspaces: Tensor
+
+    def __init__(self, width: int, num_tasks: int, num_coefficients: int, rank: int) -> None:
+        super().__init__()
+        self.width = width
+        self.num_tasks = num_tasks
+        self.num_coefficients = num_coefficients
+        self.rank = min(rank, width)
+        self.register_buffer("subspaces", torch.zeros(num_tasks, self.rank, width))
+        self.sharpness = nn.Parameter(torch.tensor(3.0))
+        self.out = _linear(width, num_coefficients, 0.0, None)
+        self.out.weight.data.zero_()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """See `Router.forward`."""
+        alone = tokens.flatten(0, 1).unsqueeze(1)  # (B·T, 1, D)
+        return self.pooled(alone).unflatten(0, tokens.shape[:2])  # (B, T, K)
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """See `Router.pooled`."""
+        x = exact(tokens)  # (B, T, D)
+        with torch.autocast(x.device.type, enabled=False):
+            inside = F.linear(x, self.subspaces.to(x.dtype).flatten(0, 1)).square().sum(dim=1)  # (B, N·R)
+            whole = x.square().sum(dim=(1, 2)).clamp_min(torch.finfo(x.dtype).tiny)  # (B,)
+            shares = inside.unflatten(1, (self.num_tasks, -1)).sum(dim=-1) / whole.unsqueeze(1)  # (B, N)
+            centred = shares - shares.mean(dim=1, keepdim=True)
+            spread = centred.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
+            chosen = torch.softmax(self.sharpness * centred / spread, dim=1)  # (B, N)
+        each = chosen.repeat_interleave(self.num_coefficients // self.num_tasks, dim=1)  # (B, K)
+        return each + _exact_linear(self.out, _mean(tokens))
+
+    def spec(self) -> dict[str, Any]:
+        """See `Router.spec`."""
+        spec = {"width": self.width, "num_tasks": self.num_tasks, "num_coefficients": self.num_coefficients}
+        return {"kind": "projection", **spec, "rank": self.rank}
 
 
 @final
@@ -285,7 +364,9 @@ def _empty_router(spec: dict[str, Any]) -> Router:
         return LinearRouter(spec["width"], spec["num_coefficients"])
     if kind == "mlp":
         return MLPRouter(spec["width"], spec["hidden"], spec["num_coefficients"])
-    raise ConfigError(f"router of kind `{kind}` is unknown; known are constant, linear, mlp and layer_encoded")
+    if kind == "projection":
+        return ProjectionRouter(spec["width"], spec["num_tasks"], spec["num_coefficients"], spec["rank"])
+    raise ConfigError(f"router of kind `{kind}` is unknown; known are constant, linear, mlp, projection, layer_encoded")
 
 
 def _mean(values: Tensor) -> Tensor:

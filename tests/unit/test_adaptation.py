@@ -96,7 +96,7 @@ def test_the_objective_is_the_mean_over_the_batch():
 
 
 def test_an_unknown_objective_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match=r"`objective`='entrpy' is unknown; did you mean `entropy`"):
+    with pytest.raises(ConfigError, match=r"`objective`='entrpy': there is no .* `entrpy`; did you mean `entropy`"):
         make_objective("entrpy")
 
 
@@ -502,7 +502,7 @@ def test_a_log_that_cannot_be_written_costs_nothing_else(caplog):
     logger = _FullDisk()
     fabric = Fabric(accelerator="cpu", loggers=[logger])
     full, expected = upcycled_toy(), upcycled_toy()
-    assert _adapt(full, fabric=fabric, max_steps=4).losses == _adapt(expected, max_steps=4).entropy
+    assert _adapt(full, fabric=fabric, max_steps=4).losses == _adapt(expected, max_steps=4).losses
     assert same_state(full.state_dict(), expected.state_dict())
     assert logger.lines == 2
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]

@@ -102,7 +102,7 @@ def big_machine(monkeypatch):
 def test_error_in_adaptation_ends_the_workers_of_all_tasks(modelpool, monkeypatch):
     started = []
 
-    def fail(_logits):
+    def fail(*_args):
         started.extend(multiprocessing.active_children())
         raise ZeroDivisionError("made by the test")
 

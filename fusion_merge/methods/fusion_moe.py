@@ -1,0 +1,98 @@
+"""FusionMoE: rank-one experts of MLP and attention, routers that start right, and labels from the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from transformers import CLIPVisionConfig
+
+from fusion_merge.adaptation.optimization import SCHEDULES
+from fusion_merge.adaptation.starts import STARTS
+from fusion_merge.methods.adapted_base import GUARDS
+from fusion_merge.methods.low_rank import check_rank, svd_device
+from fusion_merge.methods.moe_base import MoEMethod
+from fusion_merge.moe import LowRankExperts, make_router
+from fusion_merge.moe.blocks import TARGETS
+from fusion_merge.moe.experts import TaskVector, low_rank_spec
+from fusion_merge.moe.upcycle import MakeRouter
+from fusion_merge.options import option
+from fusion_merge.pools.model_pool import CLIPVisionModelPool
+from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
+from fusion_merge.registry import register_method
+
+
+@final
+@register_method("fusion_moe")
+@dataclass(kw_only=True)
+class FusionMoEAlgorithm(MoEMethod):
+    r"""RankOne-MoE's experts, with an objective that cannot collapse and routers that start right.
+
+    .. math:: W = W_0 + \sum_{n,j} g_{nj}\, u_{nj} (s_{nj} v_{nj})^\top \quad\text{in MLP and attention}, \qquad
+              \min_{A, a} \sum_n \mathbb{E}_x\, \operatorname{CE}\big(p^*_n(x),\, p(x)\big), \qquad g = A \bar x + a
+
+    where p* are the soft labels of task n's own fine-tuned model. Four things differ from RankOne-MoE: the objective;
+    (A, a) start as the ridge regression that tells the tasks' images apart; attention has experts too; each image is
+    routed by itself from the first step on. What is left outside is the plain average of the models.
+
+    Source: ours, of known parts: rank-one experts (EnnengYang/RankOne-MoE), soft labels (SyMerge, arXiv 2412.19098),
+    ridge regression (RanPAC, arXiv 2307.02251).
+    """
+
+    router_hidden_layers: int = option(1, help="linear layers of a router", choices=(0, 1, 2), shapes_model=True)
+    rank_k: int = option(32, help="rank-one experts a task, or -1 for full rank", minimum=-1, shapes_model=True)
+    init_lambda: float | None = option(
+        None, help="λ: static weight of task vectors; null is one over the number of tasks", shapes_model=True
+    )
+    svd_accelerator: str = option("auto", help="where to decompose: auto (as Fabric), cpu, cuda, …")
+    targets: str = option(
+        "all", help="what gets experts: MLPs, attention, or all", choices=tuple(TARGETS), shapes_model=True
+    )
+    router_start: str = option(
+        "ridge",
+        help="where routers start: at λ, by projection, or by ridge regression on a few images",
+        choices=STARTS,
+        shapes_model=True,
+    )
+    batch_reduce: bool = option(False, help="one merged weight a batch during adaptation, instead of one a sample")
+    objective: str = option(
+        "expert_labels",
+        help="what adaptation minimises: entropy, expert_labels, infomax, tsallis, or a weighted sum of them",
+    )
+    lr: float = option(1e-3, help="learning rate, at its highest", above=0.0)
+    lr_schedule: str = option("cosine", help="how it goes on after warm-up", choices=SCHEDULES)
+    warmup_steps: int = option(10, help="steps over which it rises", minimum=0)
+    max_steps: int = option(200, help="adaptation steps; each takes one batch of each task", minimum=0)
+    mixed_tasks: bool = option(True, help="put the batches of all tasks through the model as one")
+    guard: str = option(
+        "rollback", help="of tasks that degrade: warn, or roll back to their best and mend their loss", choices=GUARDS
+    )
+
+    def check_shapes(self, config: CLIPVisionConfig, num_tasks: int) -> None:
+        """See `MoEMethod.check_shapes`: also the rank against the width of the tower."""
+        super().check_shapes(config, num_tasks)
+        check_rank(self.rank_k, config)
+
+    def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
+        """See `Method.check`: also whether there is the device to decompose on."""
+        svd_device(self.svd_accelerator, torch.device("cpu"))
+        super().check(modelpool, taskpool)
+
+    def make_experts(self, path: str, task_vectors: Sequence[TaskVector], device: torch.device) -> LowRankExperts:
+        """See `MoEMethod.make_experts`."""
+        where, weight = svd_device(self.svd_accelerator, device), self.static_weight(len(task_vectors))
+        return LowRankExperts.from_task_vectors(task_vectors, self.rank_k, weight, where)
+
+    def experts_spec(self, num_tasks: int, in_features: int, out_features: int) -> dict[str, Any]:
+        """See `MoEMethod.experts_spec`."""
+        rank = min(in_features, out_features) if self.rank_k == -1 else self.rank_k
+        return low_rank_spec(num_tasks, rank, self.static_weight(num_tasks))
+
+    def router_maker(self, generator: torch.Generator, num_tasks: int) -> MakeRouter:
+        """See `MoEMethod.router_maker`: between two layers a router is 2·K wide."""
+        weight = self.static_weight(num_tasks)
+        return lambda index, width, count: make_router(
+            self.router_hidden_layers, width, count, weight, hidden=2 * count, generator=generator
+        )

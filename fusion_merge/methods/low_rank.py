@@ -1,0 +1,52 @@
+"""What methods with rank-one experts share: which ranks a tower allows, and where to decompose."""
+
+from __future__ import annotations
+
+import torch
+from transformers import CLIPVisionConfig
+
+from fusion_merge.errors import ConfigError
+
+
+def check_rank(rank: int, config: CLIPVisionConfig) -> int:
+    """Refuse a rank that the layers of a tower do not have.
+
+    Args:
+        rank: rank-one experts a task, or -1 for full rank.
+        config: the tower's configuration.
+
+    Returns:
+        The rank that it stands for in an MLP.
+
+    Raises:
+        ConfigError: if it is not possible.
+    """
+    limit = min(config.hidden_size, config.intermediate_size)
+    if rank == 0 or rank > limit:
+        raise ConfigError(
+            f"`rank_k`={rank} is not in 1-{limit}, the possible ranks at `encoder.layers.0.mlp.fc1` "
+            f"({config.intermediate_size} x {config.hidden_size}); choose 1-{limit}, or -1 for full rank"
+        )
+    return int(limit) if rank == -1 else rank
+
+
+def svd_device(accelerator: str, auto: torch.device) -> torch.device:
+    """Return the device that `svd_accelerator` stands for.
+
+    Args:
+        accelerator: `auto`, or a device such as `cpu` or `cuda`.
+        auto: what `auto` is.
+
+    Raises:
+        ConfigError: if the machine has no such device.
+    """
+    if accelerator == "auto":
+        return auto
+    try:
+        device = torch.device("cuda" if accelerator == "gpu" else accelerator)
+        torch.empty(1, device=device).item()  # no value comes back from `meta`
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"`svd_accelerator`={accelerator!r} is not on this machine; choose `auto` or `cpu`"
+        ) from error
+    return device
