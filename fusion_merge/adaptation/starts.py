@@ -73,7 +73,7 @@ def ridge_solution(features: Tensor, targets: Tensor, weights: Tensor, ridge: fl
     mean, goal = weights @ features, weights @ targets  # (F,), (N,)
     centred = features - mean
     covariance = centred.T @ (weights.unsqueeze(1) * centred)  # (F, F)
-    scale = ridge * covariance.diagonal().mean().clamp_min(torch.finfo(features.dtype).tiny)
+    scale = ridge * covariance.diagonal().mean().clamp_min(torch.finfo(features.dtype).eps)  # above 0: it is solvable
     covariance.diagonal().add_(scale)
     slope = torch.linalg.solve(covariance, centred.T @ (weights.unsqueeze(1) * (targets - goal)))  # (F, N)
     return slope.T, goal - mean @ slope

@@ -41,7 +41,11 @@ OPTIONS = [(name, field.name) for name in METHODS for field in dataclasses.field
 QUICK = {"max_steps": 2, "batch_size": 4, "num_workers": 0}
 """Given to every method that has such options."""
 
-SMALL: dict[str, dict[str, Any]] = {"rankone_moe": {"rank_k": 4}, "smile": {"k": 4, "gate_k": 2}}
+SMALL: dict[str, dict[str, Any]] = {
+    "rankone_moe": {"rank_k": 4},
+    "fusion_moe": {"rank_k": 4},
+    "smile": {"k": 4, "gate_k": 2},
+}
 """What a method needs besides, to fit towers that are 16 wide."""
 
 PRESETS_MAY_DIFFER = {"clip_finetune": {"output"}, "regmean": {"dataloader_kwargs"}}

@@ -1,0 +1,135 @@
+"""The guard that takes adaptation back where a task degrades."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from fusion_merge.adaptation.optimization import LearningRate, make_optimizer
+from fusion_merge.adaptation.rollback import RollbackGuard
+
+EVEN, ONE = torch.full((4,), 0.25), torch.tensor([0.97, 0.01, 0.01, 0.01])
+
+
+class Course:
+    """A parameter that says the step, and a guard that watches two tasks."""
+
+    def __init__(self, **options) -> None:
+        self.parameter = nn.Parameter(torch.zeros(1))
+        self.optimizer = make_optimizer("adam", [self.parameter], 0.1)
+        self.guard = RollbackGuard({"cats": 4, "dogs": 4}, [self.parameter], **options)
+        self.step = 0
+
+    def go(self, cats, dogs=EVEN, agreement=None) -> None:
+        before = [self.parameter.detach().clone()]
+        self.parameter.grad = torch.ones(1)
+        self.optimizer.step()
+        self.parameter.data.fill_(float(self.step + 1))
+        self.guard.update(self.step, {"cats": cats, "dogs": dogs}, agreement or {}, before, self.optimizer)
+        self.step += 1
+
+
+def test_tasks_that_stay_as_they_are_are_left_alone():
+    course = Course()
+    for _ in range(50):
+        course.go(EVEN)
+    assert course.guard.interventions == []
+    assert course.parameter.item() == 50
+    assert course.guard.weight("cats") == 1
+
+
+def test_a_task_that_falls_on_one_class_is_taken_back_to_its_best():
+    course = Course()
+    for _ in range(8):
+        course.go(EVEN)
+    while not course.guard.interventions:
+        course.go(ONE)
+        assert course.step < 20
+    (done,) = course.guard.interventions
+    assert (done.task, done.measure, done.action) == ("cats", "marginal entropy", "tempered")
+    assert done.best == pytest.approx(1.0)
+    assert done.score < done.best - 0.1
+    assert course.parameter.item() == done.back_to == 4  # the first that was judged was the best
+    assert not course.optimizer.state  # which belonged to what is gone
+    assert course.guard.weight("cats") == 0.25
+    assert course.guard.weight("dogs") == 1
+
+
+def test_a_task_with_an_expert_is_judged_by_it_and_gets_its_labels():
+    course = Course(may_ask_experts=True)
+    for _ in range(8):
+        course.go(EVEN, agreement={"cats": 0.9, "dogs": 0.9})
+    for _ in range(4):
+        course.go(EVEN, agreement={"cats": 0.3, "dogs": 0.9})  # spread out, and wrong
+    (done, *_) = course.guard.interventions
+    assert (done.task, done.measure, done.action) == ("cats", "agreement", "expert labels")
+    assert course.guard.by_expert("cats")
+    assert not course.guard.by_expert("dogs")
+    assert course.guard.weight("cats") == 1
+
+
+def test_a_task_taken_back_three_times_ends_adaptation():
+    course = Course()
+    for _ in range(8):
+        course.go(EVEN)
+    while course.guard.stopped is None:
+        course.go(ONE)
+        assert course.step < 60
+    assert course.guard.stopped == "task `cats` was taken back 3 times"
+    assert course.guard.weight("cats") == 0.25**3
+
+
+def test_adaptation_ends_where_nothing_improves():
+    course = Course(patience=10)
+    for agreement in torch.linspace(0.5, 0.9, 20).tolist():
+        course.go(EVEN, agreement=dict.fromkeys(("cats", "dogs"), agreement))
+    assert course.guard.stopped is None
+    while course.guard.stopped is None:
+        course.go(EVEN, agreement=dict.fromkeys(("cats", "dogs"), 0.9))
+        assert course.step < 120
+    assert course.guard.stopped == "no better mean score in 10 steps"
+    assert course.guard.interventions == []
+
+
+def test_a_guard_that_goes_on_does_what_the_first_would_have():
+    first, second = Course(), Course()
+    for course in (first, second):
+        for _ in range(9):
+            course.go(EVEN)
+        course.go(ONE)
+    state, tensors = json.loads(json.dumps(second.guard.state())), second.guard.tensors()
+    resumed = RollbackGuard({"cats": 4, "dogs": 4}, [second.parameter])
+    resumed.restore(state, tensors)
+    second.guard = resumed
+    for course in (first, second):
+        for _ in range(6):
+            course.go(ONE)
+    assert first.guard.interventions
+    assert first.guard.interventions == second.guard.interventions
+    assert first.parameter.item() == second.parameter.item()
+
+
+def test_only_states_that_may_be_put_back_are_kept():
+    course = Course()
+    for share in torch.linspace(0.7, 0.25, 40).tolist():
+        rest = (1 - share) / 3
+        course.go(torch.tensor([share, rest, rest, rest]))
+    assert len(course.guard.tensors()) <= 2  # one a task
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_learning_rate_rises_and_falls(schedule):
+    rate = LearningRate(2.0, schedule, warmup_steps=4, max_steps=20)
+    values = [rate.at(step) for step in range(20)]
+    assert values[0] == pytest.approx(0.5)
+    assert values == sorted(values[:4]) + values[4:]
+    assert max(values) <= 2.0
+    if schedule == "cosine":
+        assert values[10] == pytest.approx(1.0)
+        assert values[4:] == sorted(values[4:], reverse=True)
+        assert values[-1] < 0.02
+    else:
+        assert set(values[4:]) == {2.0}
