@@ -14,10 +14,14 @@ from fusion_merge.moe.router import (
     Router,
     make_router,
 )
-from fusion_merge.moe.selection import SelectAll, SoftTopK
+from fusion_merge.moe.selection import Bounded, Chain, SelectAll, Selection, SoftTopK, TopK, TopP, TsallisTopP
+from fusion_merge.moe.selection_names import SELECTIONS, selection_named
 from fusion_merge.moe.upcycle import find_mlps, route_mlps, upcycle_mlps
 
 __all__ = [
+    "SELECTIONS",
+    "Bounded",
+    "Chain",
     "ConstantRouter",
     "DenseExperts",
     "Experts",
@@ -31,13 +35,18 @@ __all__ = [
     "Router",
     "Routing",
     "SelectAll",
+    "Selection",
     "SoftTopK",
     "SparseExperts",
+    "TopK",
+    "TopP",
+    "TsallisTopP",
     "find_mlps",
     "make_router",
     "moe_layers",
     "record_coefficients",
     "route_mlps",
+    "selection_named",
     "set_routing",
     "upcycle_mlps",
 ]
