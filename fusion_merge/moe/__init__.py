@@ -6,6 +6,7 @@ N tasks, R rank, D router input width and K merging coefficients (K = N for dens
 
 from fusion_merge.moe.experts import DenseExperts, Experts, LinearDelta, LowRankExperts, SparseExperts
 from fusion_merge.moe.layer import MoELinear, MoEMLP, Routing, moe_layers, record_coefficients, set_routing
+from fusion_merge.moe.recurrent import RecurrentCell, RecurrentRouter, recurrent_router_maker
 from fusion_merge.moe.router import (
     ConstantRouter,
     LayerEncodedRouter,
@@ -32,6 +33,8 @@ __all__ = [
     "MLPRouter",
     "MoELinear",
     "MoEMLP",
+    "RecurrentCell",
+    "RecurrentRouter",
     "Router",
     "Routing",
     "SelectAll",
@@ -45,6 +48,7 @@ __all__ = [
     "make_router",
     "moe_layers",
     "record_coefficients",
+    "recurrent_router_maker",
     "route_mlps",
     "selection_named",
     "set_routing",
