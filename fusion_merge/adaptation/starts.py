@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fusion_merge.errors import AdaptationError
 from fusion_merge.moe import RoutedBlock, Routing, moe_layers, set_routing
-from fusion_merge.moe.router import ProjectionRouter
+from fusion_merge.moe.projection_router import ProjectionRouter
 
 STARTS = ("constant", "projection", "ridge")
 """Where routers may start."""

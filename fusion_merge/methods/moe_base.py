@@ -25,7 +25,7 @@ from fusion_merge.models.parameters import moved_most
 from fusion_merge.moe import Experts, Routing, find_blocks, make_router, route_mlps, set_routing, upcycle_mlps
 from fusion_merge.moe.blocks import TARGETS, check_layers, chosen_blocks, layers_of
 from fusion_merge.moe.experts import TaskVector, empty_experts
-from fusion_merge.moe.router import ProjectionRouter
+from fusion_merge.moe.projection_router import ProjectionRouter
 from fusion_merge.moe.selection import Selection
 from fusion_merge.moe.upcycle import EXPERT_DTYPES, MakeRouter, stored
 from fusion_merge.options import option

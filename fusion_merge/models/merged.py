@@ -21,7 +21,7 @@ from fusion_merge.models.sources import find_files
 from fusion_merge.moe.blocks import empty_block, find_blocks
 from fusion_merge.moe.layer import moe_layers, record_coefficients, router_parameters
 from fusion_merge.moe.projection import empty_projection, find_linears, projection_layers
-from fusion_merge.moe.router import LayerEncodedRouter, Router
+from fusion_merge.moe.router import Router
 from fusion_merge.sealed import checksum
 from fusion_merge.task_vectors import shapes_of
 
@@ -325,7 +325,7 @@ def _install_empty_layers(tower: nn.Module, config: MergedCLIPVisionConfig) -> N
         if name not in plain:
             raise CheckpointError(f"the configuration routes `{name}`, which is not a linear layer of the vision tower")
         backbone.set_submodule(name, empty_projection(spec, plain[name]))
-    shared: Router | None = None
+    shared: nn.Module | None = None
     for name, spec in config.moe.items():
         if name not in blocks:
             raise CheckpointError(f"the configuration routes `{name}`, which is no MLP or attention of the tower")
@@ -335,8 +335,8 @@ def _install_empty_layers(tower: nn.Module, config: MergedCLIPVisionConfig) -> N
             shared = _inner(layer.router)
 
 
-def _inner(router: Router) -> Router:
-    return router.shared if isinstance(router, LayerEncodedRouter) else router
+def _inner(router: Router) -> nn.Module:
+    return router.shared_part() or router
 
 
 AutoConfig.register(MergedCLIPVisionConfig.model_type, MergedCLIPVisionConfig, exist_ok=True)

@@ -8,6 +8,8 @@ from fusion_merge.moe.attention import MoEAttention
 from fusion_merge.moe.blocks import find_blocks
 from fusion_merge.moe.experts import DenseExperts, Experts, LinearDelta, LowRankExperts, SparseExperts
 from fusion_merge.moe.layer import MoELinear, MoEMLP, RoutedBlock, Routing, moe_layers, record_coefficients, set_routing
+from fusion_merge.moe.projection_router import ProjectionRouter
+from fusion_merge.moe.recurrent import RecurrentCell, RecurrentRouter, recurrent_router_maker
 from fusion_merge.moe.router import (
     ConstantRouter,
     LayerEncodedRouter,
@@ -16,10 +18,14 @@ from fusion_merge.moe.router import (
     Router,
     make_router,
 )
-from fusion_merge.moe.selection import SelectAll, SoftTopK
+from fusion_merge.moe.selection import Bounded, Chain, SelectAll, Selection, SoftTopK, TopK, TopP, TsallisTopP
+from fusion_merge.moe.selection_names import SELECTIONS, selection_named
 from fusion_merge.moe.upcycle import find_mlps, route_mlps, upcycle_mlps
 
 __all__ = [
+    "SELECTIONS",
+    "Bounded",
+    "Chain",
     "ConstantRouter",
     "DenseExperts",
     "Experts",
@@ -31,18 +37,27 @@ __all__ = [
     "MoEAttention",
     "MoELinear",
     "MoEMLP",
+    "ProjectionRouter",
+    "RecurrentCell",
+    "RecurrentRouter",
     "RoutedBlock",
     "Router",
     "Routing",
     "SelectAll",
+    "Selection",
     "SoftTopK",
     "SparseExperts",
+    "TopK",
+    "TopP",
+    "TsallisTopP",
     "find_blocks",
     "find_mlps",
     "make_router",
     "moe_layers",
     "record_coefficients",
+    "recurrent_router_maker",
     "route_mlps",
+    "selection_named",
     "set_routing",
     "upcycle_mlps",
 ]

@@ -11,7 +11,7 @@ from fusion_merge.errors import ConfigError, ModelError
 from fusion_merge.moe.attention import MoEAttention, attention_parts
 from fusion_merge.moe.experts import Experts, empty_experts
 from fusion_merge.moe.layer import MoELinear, MoEMLP, RoutedBlock, Routing, mlp_parts
-from fusion_merge.moe.router import LayerEncodedRouter, Router, empty_router
+from fusion_merge.moe.router import Router, empty_router
 from fusion_merge.moe.selection import Selection, empty_selection
 
 TARGETS = {"mlp": ("mlp",), "attention": ("attention",), "all": ("attention", "mlp")}
@@ -78,13 +78,13 @@ def routed_block(
     return MoEMLP(linears["fc1"], mlp_parts(block)[1], linears["fc2"], router, routing, selection)
 
 
-def empty_block(spec: Mapping[str, Any], block: nn.Module, shared_router: Router | None = None) -> RoutedBlock:
+def empty_block(spec: Mapping[str, Any], block: nn.Module, shared_router: nn.Module | None = None) -> RoutedBlock:
     """Make a routed block with the shapes that a spec describes and values that are still to be loaded.
 
     Args:
         spec: what `RoutedBlock.spec` returned.
         block: the plain block to take the base layers from.
-        shared_router: the router of an earlier block that this one shares, if it does.
+        shared_router: the router, or the part of one, that this block shares with an earlier one, if it does.
 
     Raises:
         ModelError: if the spec is one of another kind of block.
@@ -93,11 +93,7 @@ def empty_block(spec: Mapping[str, Any], block: nn.Module, shared_router: Router
         raise ModelError(f"a routed block of kind {spec['kind']!r} cannot take the place of `{type(block).__name__}`")
 
     def make_router(_width: int, _count: int) -> Router:
-        if shared_router is None:
-            return empty_router(spec["router"])
-        if spec["router"]["kind"] == "layer_encoded":
-            return LayerEncodedRouter(shared_router, spec["router"]["layer_index"], spec["router"]["dim"])
-        return shared_router
+        return empty_router(spec["router"], shared_router)
 
     def make_bank(name: str, linear: nn.Linear) -> Experts:
         return empty_experts(spec["linears"][name], linear.in_features, linear.out_features)

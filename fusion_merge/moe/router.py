@@ -2,63 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fusion_merge.errors import ConfigError
 from fusion_merge.moe.precision import exact
-
-_WEIGHT_STD = 0.01
-
-
-class Router(nn.Module, ABC):
-    """Decides the merging coefficients: raw values, neither normalised nor bounded."""
-
-    num_coefficients: int
-
-    @abstractmethod
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return coefficients for each token; the layer averages them.
-
-        Args:
-            tokens: the input of the MLP.
-
-        Shape:
-            (B, T, D) → (B, T, K).
-        """
-
-    def pooled(self, tokens: Tensor) -> Tensor:
-        """Return the mean coefficients of each sample's tokens, in float32 at least.
-
-        Args:
-            tokens: the input of the MLP.
-
-        Shape:
-            (B, T, D) → (B, K).
-        """
-        return _mean(self(tokens))
-
-    def readout(self, tokens: Tensor) -> tuple[Tensor, nn.Linear]:
-        """Return what the last linear layer reads of each sample, and that layer: `pooled` is its output.
-
-        Args:
-            tokens: the input of the MLP.
-
-        Shape:
-            (B, T, D) → (B, F).
-
-        Raises:
-            ConfigError: if this kind of router has no such layer.
-        """
-        raise ConfigError(f"`{type(self).__name__}` does not end in a linear layer of its own that could be solved for")
-
-    @abstractmethod
-    def spec(self) -> dict[str, Any]:
-        """Return what `empty_router` needs to make a router of the same shapes, as plain JSON values."""
+from fusion_merge.moe.projection_router import ProjectionRouter
+from fusion_merge.moe.recurrent import RecurrentCell, RecurrentRouter
+from fusion_merge.moe.router_base import Router as Router
+from fusion_merge.moe.router_base import exact_linear, mean_over_tokens, noisy_linear
 
 
 @final
@@ -113,7 +67,7 @@ class LinearRouter(Router):
         super().__init__()
         self.width = width
         self.num_coefficients = num_coefficients
-        self.out = _linear(width, num_coefficients, init_lambda, generator)
+        self.out = noisy_linear(width, num_coefficients, init_lambda, generator)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """See `Router.forward`."""
@@ -121,11 +75,11 @@ class LinearRouter(Router):
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """See `Router.pooled`: of a linear map, the mean of the outputs is the output of the mean."""
-        return _exact_linear(self.out, _mean(tokens))  # (B, K)
+        return exact_linear(self.out, mean_over_tokens(tokens))  # (B, K)
 
     def readout(self, tokens: Tensor) -> tuple[Tensor, nn.Linear]:
         """See `Router.readout`: the mean token."""
-        return _mean(tokens), self.out  # (B, D)
+        return mean_over_tokens(tokens), self.out  # (B, D)
 
     def spec(self) -> dict[str, Any]:
         """See `Router.spec`."""
@@ -159,8 +113,8 @@ class MLPRouter(Router):
         self.width = width
         self.hidden = hidden
         self.num_coefficients = num_coefficients
-        self.inner = _linear(width, hidden, 0.0, generator)
-        self.out = _linear(hidden, num_coefficients, init_lambda, generator)
+        self.inner = noisy_linear(width, hidden, 0.0, generator)
+        self.out = noisy_linear(hidden, num_coefficients, init_lambda, generator)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """See `Router.forward`."""
@@ -169,11 +123,11 @@ class MLPRouter(Router):
     def pooled(self, tokens: Tensor) -> Tensor:
         """See `Router.pooled`: the last layer is linear, and sees the mean of its inputs."""
         features, out = self.readout(tokens)
-        return _exact_linear(out, features)  # (B, K)
+        return exact_linear(out, features)  # (B, K)
 
     def readout(self, tokens: Tensor) -> tuple[Tensor, nn.Linear]:
         """See `Router.readout`: the mean of what the tokens excite between the two layers."""
-        return _mean(torch.relu(self.inner(tokens))), self.out  # (B, hidden)
+        return mean_over_tokens(torch.relu(self.inner(tokens))), self.out  # (B, hidden)
 
     def spec(self) -> dict[str, Any]:
         """See `Router.spec`."""
@@ -183,63 +137,6 @@ class MLPRouter(Router):
             "hidden": self.hidden,
             "num_coefficients": self.num_coefficients,
         }
-
-
-@final
-class ProjectionRouter(Router):
-    r"""Chooses by how much of a sample lies in each task's right singular subspace, and learns what to add to that.
-
-    .. math:: e_n = \frac{\sum_t \lVert V_n x_t \rVert^2}{\sum_t \lVert x_t \rVert^2}, \qquad
-              z = \frac{e - \operatorname{mean}(e)}{\operatorname{std}(e)}, \qquad
-              g_{nj} = \operatorname{softmax}(\kappa z)_n + A x + a
-
-    1 - e is the relative residual of the projection. κ starts at 3, A and a at zero, and these three are adapted; V is
-    fixed. `pooled` is no mean over `forward`, which looks at each token by itself.
-
-    Args:
-        width: D.
-        num_tasks: N.
-        num_coefficients: K, a multiple of N.
-        rank: R, the directions of each task, at most D.
-
-    Source: after MASS, arXiv 2504.05342 (which projects at one layer and routes whole models), and SMILE, 2408.10174.
-    """
-
-    subspaces: Tensor
-
-    def __init__(self, width: int, num_tasks: int, num_coefficients: int, rank: int) -> None:
-        super().__init__()
-        self.width = width
-        self.num_tasks = num_tasks
-        self.num_coefficients = num_coefficients
-        self.rank = min(rank, width)
-        self.register_buffer("subspaces", torch.zeros(num_tasks, self.rank, width))
-        self.sharpness = nn.Parameter(torch.tensor(3.0))
-        self.out = _linear(width, num_coefficients, 0.0, None)
-        self.out.weight.data.zero_()
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """See `Router.forward`."""
-        alone = tokens.flatten(0, 1).unsqueeze(1)  # (B·T, 1, D)
-        return self.pooled(alone).unflatten(0, tokens.shape[:2])  # (B, T, K)
-
-    def pooled(self, tokens: Tensor) -> Tensor:
-        """See `Router.pooled`."""
-        x = exact(tokens)  # (B, T, D)
-        with torch.autocast(x.device.type, enabled=False):
-            inside = F.linear(x, self.subspaces.to(x.dtype).flatten(0, 1)).square().sum(dim=1)  # (B, N·R)
-            whole = x.square().sum(dim=(1, 2)).clamp_min(torch.finfo(x.dtype).tiny)  # (B,)
-            shares = inside.unflatten(1, (self.num_tasks, -1)).sum(dim=-1) / whole.unsqueeze(1)  # (B, N)
-            centred = shares - shares.mean(dim=1, keepdim=True)
-            spread = centred.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
-            chosen = torch.softmax(self.sharpness * centred / spread, dim=1)  # (B, N)
-        each = chosen.repeat_interleave(self.num_coefficients // self.num_tasks, dim=1)  # (B, K)
-        return each + _exact_linear(self.out, _mean(tokens))
-
-    def spec(self) -> dict[str, Any]:
-        """See `Router.spec`."""
-        spec = {"width": self.width, "num_tasks": self.num_tasks, "num_coefficients": self.num_coefficients}
-        return {"kind": "projection", **spec, "rank": self.rank}
 
 
 @final
@@ -294,6 +191,10 @@ class LayerEncodedRouter(Router):
             "shared": self.shared.spec(),
         }
 
+    def shared_part(self) -> Router:
+        """See `Router.shared_part`: the router of all layers."""
+        return self.shared
+
 
 def layer_code(layer_index: int, dim: int) -> Tensor:
     """Return the position code of a layer; the formula is that of `LayerEncodedRouter`.
@@ -341,23 +242,35 @@ def make_router(
     raise ConfigError(f"`router_hidden_layers`={router_hidden_layers} is not possible; choose 0, 1 or 2")
 
 
-def empty_router(spec: dict[str, Any]) -> Router:
+def empty_router(spec: dict[str, Any], shared: nn.Module | None = None) -> Router:
     """Make a router with the shapes that a spec describes and values that are still to be loaded.
 
     Args:
         spec: what `Router.spec` returned.
+        shared: what it shares with the router of an earlier layer, if it does: that router's `shared_part`, or that
+            router itself if it has none.
 
     Raises:
-        ConfigError: if the kind of router is unknown.
+        ConfigError: if the kind of router is unknown, or `shared` is not what the spec describes.
     """
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are never used, nor missed by the user's stream
-        return _empty_router(spec)
+        return _empty_router(spec, shared)
 
 
-def _empty_router(spec: dict[str, Any]) -> Router:
+def _empty_router(spec: dict[str, Any], shared: nn.Module | None) -> Router:
     kind = spec["kind"]
     if kind == "layer_encoded":
-        return LayerEncodedRouter(empty_router(spec["shared"]), spec["layer_index"], spec["dim"])
+        inner = _empty_router(spec["shared"], shared)
+        return LayerEncodedRouter(inner, spec["layer_index"], spec["dim"])
+    if kind == "recurrent":
+        cell = shared if shared is not None else RecurrentCell(spec["state_width"])
+        if not isinstance(cell, RecurrentCell) or cell.state_width != spec["state_width"]:
+            raise ConfigError(f"a router that is {spec} shares a cell of its width with others, not {_called(cell)}")
+        return RecurrentRouter(cell, spec["layer_index"], spec["width"], spec["num_coefficients"])
+    if shared is not None:
+        if not isinstance(shared, Router) or shared.spec() != spec:
+            raise ConfigError(f"layers that share a router that is {spec} cannot share {_called(shared)}")
+        return shared
     if kind == "constant":
         return ConstantRouter(spec["num_coefficients"])
     if kind == "linear":
@@ -366,23 +279,13 @@ def _empty_router(spec: dict[str, Any]) -> Router:
         return MLPRouter(spec["width"], spec["hidden"], spec["num_coefficients"])
     if kind == "projection":
         return ProjectionRouter(spec["width"], spec["num_tasks"], spec["num_coefficients"], spec["rank"])
-    raise ConfigError(f"router of kind `{kind}` is unknown; known are constant, linear, mlp, projection, layer_encoded")
+    raise ConfigError(
+        f"router of kind `{kind}` is unknown; known are constant, linear, mlp, projection, layer_encoded, recurrent"
+    )
 
 
-def _mean(values: Tensor) -> Tensor:
-    """Return the mean over tokens, in float32 at least: (B, T, …) → (B, …)."""
-    return exact(values).mean(dim=1)
-
-
-def _exact_linear(layer: nn.Linear, means: Tensor) -> Tensor:
-    """Apply a layer in the precision of its input, mixed precision or not: (B, D) → (B, K)."""
-    with torch.autocast(means.device.type, enabled=False):
-        return F.linear(means, layer.weight.to(means.dtype), layer.bias.to(means.dtype))
-
-
-def _linear(inputs: int, outputs: int, bias: float, generator: torch.Generator | None) -> nn.Linear:
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, device=torch.get_default_device())
-    with torch.no_grad():
-        layer.weight.normal_(0.0, _WEIGHT_STD, generator=generator)
-        layer.bias.fill_(bias)
-    return layer
+def _called(module: nn.Module) -> str:
+    """Return what an error says of something that was to be shared."""
+    if isinstance(module, RecurrentCell):
+        return f"a cell of width {module.state_width}"
+    return f"one that is {module.spec()}" if isinstance(module, Router) else f"a `{type(module).__name__}`"

@@ -11,7 +11,7 @@ from fusion_merge.errors import AdaptationError, ConfigError
 from fusion_merge.methods.fusion_moe import FusionMoEAlgorithm
 from fusion_merge.models.merged import MergedCLIPVisionModel
 from fusion_merge.moe import LinearRouter, moe_layers, record_coefficients, set_routing
-from fusion_merge.moe.router import ProjectionRouter
+from fusion_merge.moe.projection_router import ProjectionRouter
 
 SMALL = {"rank_k": 4, "max_steps": 0, "num_workers": 0}
 
