@@ -18,6 +18,11 @@ _WARM = 5  # steps before a running mean is judged
 _BETTER = 1e-3  # what a score must rise by to be a better one
 _TEMPERED = 0.25  # what the weight of a task's loss is multiplied by
 _OFTEN = 3  # times that a task may be taken back
+_ACTIONS = {
+    "expert labels": "its loss is the cross-entropy to its expert's labels from now on",
+    "expert labels for all": "the loss of every task is the cross-entropy to its expert's labels from now on",
+    "tempered": "its loss counts a quarter of what it did from now on",
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class Intervention:
         score: that, in 0-1, as the running mean then was.
         best: the best it was.
         back_to: the step whose parameters were put back.
-        action: what became of the task's loss: `expert labels` instead of the objective, or `tempered`.
+        action: what became of the loss: `expert labels` instead of the objective, `expert labels for all` tasks, or
+            `tempered`.
     """
 
     step: int
@@ -67,8 +73,8 @@ class RollbackGuard:
     .. math:: s = \frac{H(\bar p)}{\log C}, \qquad \bar p \leftarrow 0.9\, \bar p + 0.1\, \tfrac1B \sum_i p_i .
 
     A task whose score falls more than `margin` below its best has the parameters put back that were best for it, the
-    optimiser forgets its moments, and the task's loss becomes the cross-entropy to its expert's labels, or a quarter of
-    what it was where that is not possible. Adaptation ends early when a task was taken back three times, or when the
+    optimiser forgets its moments, and the task's loss becomes the cross-entropy to its expert's labels; the second time
+    that of every task does. Without experts its loss counts a quarter of what it did. Adaptation ends early when a task was taken back three times, or when the
     mean score has not risen for `patience` steps.
 
     Args:
@@ -84,7 +90,7 @@ class RollbackGuard:
         num_classes: Mapping[str, int],
         parameters: list[nn.Parameter],
         *,
-        margin: float = 0.1,
+        margin: float = 0.15,
         patience: int = 0,
         may_ask_experts: bool = False,
     ) -> None:
@@ -183,16 +189,18 @@ class RollbackGuard:
         watched.times += 1
         if self.may_ask_experts and not watched.by_expert:
             watched.by_expert, action = True, "expert labels"
+        elif self.may_ask_experts and not all(other.by_expert for other in self._tasks.values()):
+            action = "expert labels for all"  # by its own labels it would not degrade: the others' losses drive it
+            for other in self._tasks.values():
+                other.by_expert = True
         else:
             watched.weight, action = watched.weight * _TEMPERED, "tempered"
         measure = "agreement" if watched.agreement is not None else "marginal entropy"
         done = Intervention(step, task, measure, fallen[task], watched.best, watched.best_step, action)
         self.interventions.append(done)
         log.warning(
-            "task `%s` degrades: its %s fell from %.2f to %.2f by step %d; back to the parameters of step %d, "
-            "and its loss is %s from now on",
-            *(task, measure, done.best, done.score, step, done.back_to),
-            "the cross-entropy to its expert's labels" if action == "expert labels" else "a quarter of what it was",
+            "task `%s` degrades: its %s fell from %.2f to %.2f by step %d; back to the parameters of step %d, and %s",
+            *(task, measure, done.best, done.score, step, done.back_to, _ACTIONS[action]),
         )
         for other in self._tasks.values():  # what was seen belongs to parameters that are gone
             other.seen, other.mean, other.agreement = 0, [], None

@@ -12,8 +12,8 @@ from transformers import CLIPVisionConfig
 from fusion_merge.adaptation.optimization import SCHEDULES
 from fusion_merge.adaptation.starts import STARTS
 from fusion_merge.methods.adapted_base import GUARDS
-from fusion_merge.methods.low_rank import check_rank, svd_device
 from fusion_merge.methods.moe_base import MoEMethod
+from fusion_merge.models.ranks import check_rank, svd_device
 from fusion_merge.moe import LowRankExperts, make_router
 from fusion_merge.moe.blocks import TARGETS
 from fusion_merge.moe.experts import TaskVector, low_rank_spec

@@ -10,8 +10,8 @@ import torch
 from transformers import CLIPVisionConfig
 
 from fusion_merge.errors import ConfigError
-from fusion_merge.methods.low_rank import check_rank, svd_device
 from fusion_merge.methods.moe_base import MoEMethod
+from fusion_merge.models.ranks import check_rank, svd_device
 from fusion_merge.moe import LowRankExperts, SoftTopK, make_router
 from fusion_merge.moe.experts import TaskVector, low_rank_spec
 from fusion_merge.moe.upcycle import MakeRouter

@@ -51,7 +51,7 @@ def test_a_task_that_falls_on_one_class_is_taken_back_to_its_best():
     (done,) = course.guard.interventions
     assert (done.task, done.measure, done.action) == ("cats", "marginal entropy", "tempered")
     assert done.best == pytest.approx(1.0)
-    assert done.score < done.best - 0.1
+    assert done.score < done.best - 0.15
     assert course.parameter.item() == done.back_to == 4  # the first that was judged was the best
     assert not course.optimizer.state  # which belonged to what is gone
     assert course.guard.weight("cats") == 0.25
@@ -68,6 +68,12 @@ def test_a_task_with_an_expert_is_judged_by_it_and_gets_its_labels():
     assert (done.task, done.measure, done.action) == ("cats", "agreement", "expert labels")
     assert course.guard.by_expert("cats")
     assert not course.guard.by_expert("dogs")
+    assert course.guard.weight("cats") == 1
+    while len(course.guard.interventions) == 1:  # by its own labels it would not fall: the other's loss is to blame
+        course.go(EVEN, agreement={"cats": 0.3, "dogs": 0.9})
+        assert course.step < 40
+    assert course.guard.interventions[1].action == "expert labels for all"
+    assert course.guard.by_expert("dogs")
     assert course.guard.weight("cats") == 1
 
 

@@ -1,4 +1,4 @@
-"""What methods with rank-one experts share: which ranks a tower allows, and where to decompose."""
+"""Truncated decompositions of a tower: which ranks it allows, and where to compute them."""
 
 from __future__ import annotations
 
