@@ -73,9 +73,9 @@ class RollbackGuard:
     .. math:: s = \frac{H(\bar p)}{\log C}, \qquad \bar p \leftarrow 0.9\, \bar p + 0.1\, \tfrac1B \sum_i p_i .
 
     A task whose score falls more than `margin` below its best has the parameters put back that were best for it, the
-    optimiser forgets its moments, and the task's loss becomes the cross-entropy to its expert's labels; the second time
-    that of every task does. Without experts its loss counts a quarter of what it did. Adaptation ends early when a task was taken back three times, or when the
-    mean score has not risen for `patience` steps.
+    optimiser forgets its moments, and the task's loss becomes the cross-entropy to its expert's labels; the second
+    time that of every task does. Without experts its loss counts a quarter of what it did. Adaptation ends early when
+    a task was taken back three times, or when the mean score has not risen for `patience` steps.
 
     Args:
         num_classes: for each task, the number of classes, C.

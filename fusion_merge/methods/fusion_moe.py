@@ -11,12 +11,15 @@ from transformers import CLIPVisionConfig
 
 from fusion_merge.adaptation.optimization import SCHEDULES
 from fusion_merge.adaptation.starts import STARTS
+from fusion_merge.errors import ConfigError
 from fusion_merge.methods.adapted_base import GUARDS
 from fusion_merge.methods.moe_base import MoEMethod
 from fusion_merge.models.ranks import check_rank, svd_device
-from fusion_merge.moe import LowRankExperts, make_router
+from fusion_merge.moe import LowRankExperts, make_router, recurrent_router_maker
 from fusion_merge.moe.blocks import TARGETS
 from fusion_merge.moe.experts import TaskVector, low_rank_spec
+from fusion_merge.moe.selection import Selection
+from fusion_merge.moe.selection_names import SELECTIONS, selection_named
 from fusion_merge.moe.upcycle import MakeRouter
 from fusion_merge.options import option
 from fusion_merge.pools.model_pool import CLIPVisionModelPool
@@ -56,6 +59,35 @@ class FusionMoEAlgorithm(MoEMethod):
         choices=STARTS,
         shapes_model=True,
     )
+    router_state_width: int = option(
+        0,
+        help="width of a recurrent state that routers pass on from layer to layer; 0 has none",
+        minimum=0,
+        shapes_model=True,
+    )
+    selection: str = option(
+        "all", help="which coefficients of a layer take part", choices=tuple(SELECTIONS), shapes_model=True
+    )
+    select_k: int = option(-1, help="how many, for top_k and soft_top_k; -1 for all", minimum=-1, shapes_model=True)
+    select_p: float = option(
+        0.9,
+        help="the probability that is enough, for top_p and tsallis_top_p",
+        above=0.0,
+        maximum=1.0,
+        shapes_model=True,
+    )
+    select_temperature: float = option(0.1, help="of these probabilities", above=0.0, shapes_model=True)
+    select_q: float = option(1.5, help="order of the entropy, for tsallis_top_p", above=0.0, shapes_model=True)
+    select_threshold: float = option(
+        0.9,
+        help="the share of its largest value above which all take part, for tsallis_top_p",
+        minimum=0.0,
+        maximum=1.0,
+        shapes_model=True,
+    )
+    coefficient_bounds: list[float] | None = option(
+        None, help="the least and the largest coefficient, such as [0, 1]; null for none", shapes_model=True
+    )
     batch_reduce: bool = option(False, help="one merged weight a batch during adaptation, instead of one a sample")
     objective: str = option(
         "expert_labels",
@@ -70,10 +102,41 @@ class FusionMoEAlgorithm(MoEMethod):
         "rollback", help="of tasks that degrade: warn, or roll back to their best and mend their loss", choices=GUARDS
     )
 
+    def __post_init__(self) -> None:
+        """Check all options.
+
+        Raises:
+            ConfigError: if one is out of range, or does not go with another.
+        """
+        super().__post_init__()
+        self.make_selection()
+        if self.router_state_width and (self.router_start != "constant" or self.router_hidden_layers != 1):
+            raise ConfigError(
+                f"`router_state_width`={self.router_state_width} makes recurrent routers, which start at λ and "
+                "have one linear layer; choose `router_start`=constant and `router_hidden_layers`=1 too"
+            )
+
+    def make_selection(self) -> Selection | None:
+        """See `MoEMethod.make_selection`."""
+        return selection_named(
+            self.selection,
+            k=self.select_k,
+            p=self.select_p,
+            temperature=self.select_temperature,
+            q=self.select_q,
+            threshold=self.select_threshold,
+            bounds=self.coefficient_bounds,
+        )
+
     def check_shapes(self, config: CLIPVisionConfig, num_tasks: int) -> None:
         """See `MoEMethod.check_shapes`: also the rank against the width of the tower."""
         super().check_shapes(config, num_tasks)
-        check_rank(self.rank_k, config)
+        experts = num_tasks * check_rank(self.rank_k, config)
+        if self.select_k == 0 or self.select_k > experts:
+            raise ConfigError(
+                f"`select_k`={self.select_k} is not in 1-{experts}, the number of experts of a layer; "
+                f"choose 1-{experts}, or -1 for all of them"
+            )
 
     def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
         """See `Method.check`: also whether there is the device to decompose on."""
@@ -93,6 +156,8 @@ class FusionMoEAlgorithm(MoEMethod):
     def router_maker(self, generator: torch.Generator, num_tasks: int) -> MakeRouter:
         """See `MoEMethod.router_maker`: between two layers a router is 2·K wide."""
         weight = self.static_weight(num_tasks)
+        if self.router_state_width:
+            return recurrent_router_maker(self.router_state_width, weight, generator)
         return lambda index, width, count: make_router(
             self.router_hidden_layers, width, count, weight, hidden=2 * count, generator=generator
         )

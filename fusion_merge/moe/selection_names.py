@@ -47,7 +47,7 @@ def selection_named(
     elif name == "tsallis_top_p":
         selection = TsallisTopP(p, temperature, q, threshold)
     elif name != "all":
-        raise ConfigError(f"`select`={name!r} is unknown; {nearest(str(name), SELECTIONS)}")
+        raise ConfigError(f"`selection`={name!r} is unknown; {nearest(str(name), SELECTIONS)}")
     if bounds is None:
         return selection
     if len(bounds) != 2:
@@ -57,7 +57,7 @@ def selection_named(
         return bounded
     if not bounded.low <= 0 <= bounded.high:
         raise ConfigError(
-            f"`coefficient_bounds`={list(bounds)} exclude 0, the coefficient of an expert that `select`={name} leaves "
-            "out; choose a lower bound of at most 0 and a higher one of at least 0, or `select`=all"
+            f"`coefficient_bounds`={list(bounds)} exclude 0, the coefficient of experts that `selection`={name} "
+            "leaves out; choose a lower bound of at most 0 and a higher one of at least 0, or `selection`=all"
         )
     return Chain([selection, bounded])

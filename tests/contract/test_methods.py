@@ -43,7 +43,7 @@ QUICK = {"max_steps": 2, "batch_size": 4, "num_workers": 0}
 
 SMALL: dict[str, dict[str, Any]] = {
     "rankone_moe": {"rank_k": 4},
-    "fusion_moe": {"rank_k": 4},
+    "fusion_moe": {"rank_k": 4, "router_start": "constant", "mixed_tasks": False},  # for its own see test_starts
     "smile": {"k": 4, "gate_k": 2},
 }
 """What a method needs besides, to fit towers that are 16 wide."""

@@ -240,7 +240,7 @@ def test_bounds_do_not_change_which_are_selected():
 
 def test_bounds_without_zero_go_with_all_alone():
     assert torch.equal(selection_named("all", **{**NAMED, "bounds": (0.3, 0.5)})(G), G.clamp(0.3, 0.5))
-    with pytest.raises(ConfigError, match=r"`coefficient_bounds`=\[0.3, 0.5\] exclude 0.*`select`=all"):
+    with pytest.raises(ConfigError, match=r"`coefficient_bounds`=\[0.3, 0.5\] exclude 0.*`selection`=all"):
         selection_named("top_k", **{**NAMED, "bounds": (0.3, 0.5)})
 
 
@@ -251,5 +251,5 @@ def test_bounds_are_two(bounds):
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match=r"`select`='topk' is unknown; did you mean `top_k`"):
+    with pytest.raises(ConfigError, match=r"`selection`='topk' is unknown; did you mean `top_k`"):
         selection_named("topk", **NAMED)
