@@ -224,7 +224,7 @@ class RollbackGuard:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the parameters that may be put back, by name."""
-        return {f"guard.{step}.{i}": t for step, state in self._states.items() for i, t in enumerate(state)}
+        return {f"guard.{step}.{i}": t.clone() for step, state in self._states.items() for i, t in enumerate(state)}
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on from what a guard over the same tasks and parameters knew.

@@ -16,6 +16,7 @@ from fusion_merge.models.merged import MergedCLIPVisionModel
 from fusion_merge.models.task_models import TaskModels
 from fusion_merge.processes import together
 from fusion_merge.program import FusionProgram
+from fusion_merge.report.adaptation import adaptation_notes
 from fusion_merge.report.comparison import Row
 from fusion_merge.report.costs import is_tower, size_of
 
@@ -98,10 +99,4 @@ def accuracies_of(report: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, 
 
 
 def _note(adaptation: Mapping[str, Any] | None) -> str | None:
-    """Return what a reader must know of an adaptation: that it was interrupted, or that tasks collapsed."""
-    if not adaptation:
-        return None
-    notes = [f"`{task}` collapsed to one class from step {step} on" for task, step in adaptation["collapsed"].items()]
-    if adaptation["interrupted"]:
-        notes.append(f"adaptation was interrupted after {adaptation['steps']} steps")
-    return "; ".join(notes) or None
+    return "; ".join(adaptation_notes(adaptation)) or None

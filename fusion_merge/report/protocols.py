@@ -7,6 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fusion_merge.report.adaptation import adaptation_notes
 from fusion_merge.report.tables import accuracy_table, average, columns_of, percent
 
 CLEAN = "clean"
@@ -71,11 +72,7 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
     """
     found = []
     for name, condition in report["conditions"].items():
-        adaptation = condition["run"].get("adaptation") or {}
-        if adaptation.get("interrupted"):
-            found.append(f"{name}: adaptation was interrupted after {adaptation['steps']} steps")
-        for task, step in (adaptation.get("collapsed") or {}).items():
-            found.append(f"{name}: `{task}` collapsed to one class from step {step} on")
+        found += [f"{name}: {note}" for note in adaptation_notes(condition["run"].get("adaptation"))]
         for task, score in condition.items():
             if isinstance(score, Mapping) and score.get("skipped"):
                 found.append(f"{name}: {score['skipped']} bad images of `{task}` are left out of the scores")

@@ -7,6 +7,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fusion_merge.report.adaptation import adaptation_notes
+
 Column = Mapping[str, Any]
 """An evaluation report: for each task, and for `average`, its `accuracy`."""
 
@@ -104,8 +106,8 @@ def written_report(report: Mapping[str, Any], table: str, pictures: Sequence[str
             f"Routers adapted for {adaptation['steps']} steps in {adaptation['seconds']:.1f} s{images}{resumed}{end}.",
             "",
         ]
-        for task, step in adaptation["collapsed"].items():
-            lines += [f"**`{task}` collapsed to one class from step {step} on.**", ""]
+        for note in adaptation_notes({**adaptation, "interrupted": False}):  # which was said
+            lines += [f"**{note[0].upper()}{note[1:]}.**", ""]
     for picture in pictures:
         lines += [f"![{picture.removesuffix('.png')}]({picture})", ""]
     lines += ["| phase | seconds |", "|---|---|"]
