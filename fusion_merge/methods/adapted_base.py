@@ -204,7 +204,8 @@ class AdaptedMethod(Method):
         return 1 if self.fast_dev_run else self.max_steps
 
     @property
-    def _asks_experts(self) -> bool:
+    def asks_experts(self) -> bool:
+        """Whether each task's own fine-tuned model is asked about the images that are adapted on."""
         return self._objective.needs_experts or self.guard == "rollback"
 
     def on_run_end(self) -> None:
@@ -233,9 +234,9 @@ class AdaptedMethod(Method):
                 num_workers=self.num_workers,
                 start=progress.step if progress is not None else 0,
                 max_steps=self._steps,
-                load_expert=modelpool.load_model if self._asks_experts else None,
+                load_expert=modelpool.load_model if self.asks_experts else None,
             )
-            if self._asks_experts:
+            if self.asks_experts:
                 for stream in streams.values():
                     if isinstance(stream.expert, ExpertLogits):
                         stream.expert.prepare()

@@ -68,6 +68,9 @@ def times(load: Load, speed: Speed, *, steps: int, workers: int, processes: int 
     found = {"start": START, "building": building_time(load, speed)}
     if load.clip is not None:
         found["making heads"] = _heads(load, speed)
+    if load.training is not None and load.training.asked:
+        batches = steps * load.training.batches
+        found["asking experts"] = batches * forward_time(load.tower, speed, load.training.batch_size)
     if load.training is not None and steps:
         found["adapting"] = steps * step_time(load.tower, load.model, load.training, speed) + _decoded(
             load.adapted, speed, load.training.batch_size * steps

@@ -133,10 +133,11 @@ def _training(method: Method, tasks: int) -> Training | None:
         return None
     return Training(
         method.batch_size,
-        tasks=1 if method.use_grad_accumulate else tasks,
+        tasks=1 if method.use_grad_accumulate and not method.mixed_tasks else tasks,
         batches=tasks,
         batch_routing=method.batch_reduce,
-        state=2 if method.optimizer == "sgd" else 4,
+        state=(2 if method.optimizer == "sgd" else 4) + (tasks if method.guard == "rollback" else 0),
+        asked=method.asks_experts,
     )
 
 

@@ -70,6 +70,7 @@ class Training:
         state: tensors that the optimiser keeps of each trained one, its gradient and its earlier value included.
         whole: whether the whole tower is trained, not routers alone.
         vectors: task vectors that are merged anew in each pass; 0 where none are.
+        asked: whether each task's own expert is asked about every image.
     """
 
     batch_size: int
@@ -79,6 +80,7 @@ class Training:
     state: int = 4
     whole: bool = False
     vectors: int = 0
+    asked: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fusion_merge import CLIPVisionModelTaskPool
 from fusion_merge.pools.loaders import Placement, evaluation_loader
 
 STEPS = ["method.max_steps=3", "method.lr=0.01", "method.save_checkpoint=routers", "baselines=[zero_shot]"]
-SMALL = {"rankone_moe": ["method.rank_k=4", "method.select_k=5"]}
+SMALL = {"rankone_moe": ["method.rank_k=4", "method.select_k=5"], "fusion_moe": ["method.rank_k=4"]}
 TWO = ["fabric.accelerator=cpu", "fabric.devices=2", "fabric.strategy=ddp"]
 
 
@@ -57,7 +57,8 @@ def assert_alike(two: Path, one: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "batch_reduce"), [("wemoe", True), ("e_wemoe", True), ("rankone_moe", True), ("rankone_moe", False)]
+    ("method", "batch_reduce"),
+    [("wemoe", True), ("e_wemoe", True), ("rankone_moe", True), ("rankone_moe", False), ("fusion_moe", False)],
 )
 def test_two_processes_with_the_same_global_batch_adapt_to_the_same_routers(pool_dir, tmp_path, method, batch_reduce):
     options = [f"method={method}", f"method.batch_reduce={batch_reduce}", *SMALL.get(method, [])]
