@@ -12,6 +12,9 @@ from fusion_merge.moe.precision import exact
 from fusion_merge.moe.router_base import Router, exact_linear, mean_over_tokens, noisy_linear
 
 
+_TINY = 1e-12  # a variance below which all shares count as equal
+
+
 @final
 class ProjectionRouter(Router):
     r"""Chooses by how much of a sample lies in each task's right singular subspace, and learns what to add to that.
@@ -58,7 +61,7 @@ class ProjectionRouter(Router):
             whole = x.square().sum(dim=(1, 2)).clamp_min(torch.finfo(x.dtype).tiny)  # (B,)
             shares = inside.unflatten(1, (self.num_tasks, -1)).sum(dim=-1) / whole.unsqueeze(1)  # (B, N)
             centred = shares - shares.mean(dim=1, keepdim=True)
-            spread = centred.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
+            spread = (centred.square().mean(dim=1, keepdim=True) + _TINY).sqrt()
             chosen = torch.softmax(self.sharpness * centred / spread, dim=1)  # (B, N)
         each = chosen.repeat_interleave(self.num_coefficients // self.num_tasks, dim=1)  # (B, K)
         return each + exact_linear(self.out, mean_over_tokens(tokens))
