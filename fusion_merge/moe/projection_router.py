@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from fusion_merge.moe.precision import exact
 from fusion_merge.moe.router_base import Router, exact_linear, mean_over_tokens, noisy_linear
 
-
 _TINY = 1e-12  # a variance below which all shares count as equal
 
 
