@@ -62,8 +62,9 @@ def _families(names: Iterable[str]) -> list[str]:
     """Return the names in few texts: those that begin alike, up to the first `_`, as `BEGINNING_{a, b, c}`."""
     members = defaultdict(list)
     for name in names:
-        members[name.partition("_")[0]].append(name)
+        if "_" in name:  # the beginning alone is no member
+            members[name.partition("_")[0]].append(name)
     families = {b: found for b, found in members.items() if len(found) >= _MANY}
-    alone = [name for name in names if name.partition("_")[0] not in families]
+    alone = [name for name in names if "_" not in name or name.partition("_")[0] not in families]
     texts = [f"{b}_{{{', '.join(n.removeprefix(f'{b}_') for n in found)}}}" for b, found in families.items()]
     return [*([", ".join(alone)] if alone else []), *texts]

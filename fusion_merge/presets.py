@@ -156,7 +156,8 @@ def _listed(name: str) -> list[str]:
     """Return the tasks of a list in `dataset`, those of the lists that it begins with included."""
     tasks: list[str] = []
     for part in (yaml.safe_load(_text("dataset", name)) or {}).get("defaults", []):
-        tasks += _listed(part) if isinstance(part, str) and part != "_self_" else part.get("task@_here_", [])
+        if part != "_self_":
+            tasks += _listed(part) if isinstance(part, str) else part.get("task@_here_", [])
     return tasks
 
 

@@ -21,12 +21,12 @@ from datasets import (
 )
 from hydra.utils import instantiate
 
-from fusion_merge.errors import DataError
+from fusion_merge.errors import DataError, nearest
 from fusion_merge.files import misspelt
 from fusion_merge.models.offline import WAY_OUT, is_offline
 from fusion_merge.pools.cached_data import check_revision
 from fusion_merge.pools.folders import read_file, read_folder, split_called
-from fusion_merge.zoo import SCHEME
+from fusion_merge.zoo import SCHEME, TASK_POOLS
 
 HELD_OUT = "held_out"
 """The name of the split that `held_out` makes."""
@@ -104,10 +104,11 @@ def zoo_task(source: str) -> tuple[Any, str]:
         DataError: if there is no such pool.
     """
     pool, _, task = source.removeprefix(SCHEME).partition("/")
-    try:
-        return importlib.import_module(f"fusion_merge.zoo.{pool}"), task
-    except ModuleNotFoundError as error:
-        raise DataError(f"`{source}` is not in the zoo: there is no pool `{pool}`; tiny8 is one") from error
+    if pool not in TASK_POOLS:
+        raise DataError(
+            f"`{source}` is not in the zoo: there is no pool `{pool}` of tasks; {nearest(pool, TASK_POOLS)}"
+        )
+    return importlib.import_module(f"fusion_merge.zoo.{pool}"), task
 
 
 @contextmanager

@@ -7,6 +7,10 @@ from pathlib import Path
 from fusion_merge.errors import ModelError, nearest
 
 SCHEME = "zoo://"
+
+TASK_POOLS: tuple[str, ...] = ("tiny8", "tiny20")
+"""The pools with tasks of their own; the models of `tiny8_hard` have the tasks of `tiny8`."""
+
 _WEIGHTS = Path(__file__).parent / "weights"
 
 

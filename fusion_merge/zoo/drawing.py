@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 SIZE = 32
-_CANVAS = 64  # masks are drawn at twice the size and reduced, which smooths their edges
+CANVAS = 64  # masks are drawn at twice the size and reduced, which smooths their edges
 
 Point = tuple[float, float]
 Colours = tuple[tuple[int, int, int], tuple[int, int, int]]  # darkest and lightest red, green, blue
@@ -41,13 +41,13 @@ def glyph(
     """
     from PIL import Image, ImageDraw
 
-    mask = Image.new("L", (_CANVAS, _CANVAS), 0)
+    mask = Image.new("L", (CANVAS, CANVAS), 0)
     font = _font(font_path, int(rng.integers(52, 61)))
     left, top, right, bottom = font.getbbox(text)
-    corner = [(_CANVAS - low - high) / 2 + rng.uniform(-3, 3) for low, high in ((left, right), (top, bottom))]
+    corner = [(CANVAS - low - high) / 2 + rng.uniform(-3, 3) for low, high in ((left, right), (top, bottom))]
     ImageDraw.Draw(mask).text((corner[0], corner[1]), text, fill=255, font=font)
     mask = mask.rotate(float(rng.uniform(-tilt, tilt)), resample=Image.Resampling.BILINEAR)
-    return _paint(_reduce(mask), rng, ink, paper)
+    return paint(reduced(mask), rng, ink, paper)
 
 
 def shape(name: str, rng: np.random.Generator, ink: Colours, paper: Colours) -> Image:
@@ -61,9 +61,9 @@ def shape(name: str, rng: np.random.Generator, ink: Colours, paper: Colours) -> 
     """
     from PIL import Image, ImageDraw
 
-    mask = Image.new("L", (_CANVAS, _CANVAS), 0)
+    mask = Image.new("L", (CANVAS, CANVAS), 0)
     radius, turn = rng.uniform(19, 26), rng.uniform(-0.2, 0.2)
-    centre = [_CANVAS / 2 + rng.uniform(-5, 5) for _ in range(2)]
+    centre = [CANVAS / 2 + rng.uniform(-5, 5) for _ in range(2)]
 
     def place(points: list[Point]) -> list[Point]:
         c, s = cos(turn) * radius, sin(turn) * radius
@@ -72,7 +72,7 @@ def shape(name: str, rng: np.random.Generator, ink: Colours, paper: Colours) -> 
     draw = ImageDraw.Draw(mask)
     for points, fill in SHAPES[name]():
         draw.polygon(place(points), fill=fill)
-    return _paint(_reduce(mask), rng, ink, paper, noise=20.0)
+    return paint(reduced(mask), rng, ink, paper, noise=20.0)
 
 
 def stripes(degrees: float, rng: np.random.Generator, ink: Colours, paper: Colours) -> Image:
@@ -88,7 +88,7 @@ def stripes(degrees: float, rng: np.random.Generator, ink: Colours, paper: Colou
     y, x = np.mgrid[:SIZE, :SIZE]
     across = sin(angle) * x + cos(angle) * y
     wave = np.sin(2 * pi * across / rng.uniform(6, 11) + rng.uniform(0, 2 * pi))
-    return _paint(np.clip(0.5 + 1.2 * wave, 0, 1), rng, ink, paper, noise=12.0)
+    return paint(np.clip(0.5 + 1.2 * wave, 0, 1), rng, ink, paper, noise=12.0)
 
 
 def dots(count: int, rng: np.random.Generator, ink: Colours, paper: Colours) -> Image:
@@ -102,12 +102,12 @@ def dots(count: int, rng: np.random.Generator, ink: Colours, paper: Colours) -> 
     """
     from PIL import Image, ImageDraw
 
-    mask = Image.new("L", (_CANVAS, _CANVAS), 0)
+    mask = Image.new("L", (CANVAS, CANVAS), 0)
     draw, radius = ImageDraw.Draw(mask), rng.uniform(5.0, 6.5)
     for cell in rng.permutation(9)[:count]:
         x, y = (32 + 19 * (k - 1) + rng.uniform(-3, 3) for k in divmod(int(cell), 3))
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
-    return _paint(_reduce(mask), rng, ink, paper)
+    return paint(reduced(mask), rng, ink, paper)
 
 
 def patch(photo: Image, rng: np.random.Generator, held_out: bool, cell: int = 44) -> Image:
@@ -165,25 +165,30 @@ def enlarge(
     canvas = Image.new("L", (SIZE, SIZE), 0)
     canvas.paste(grey, (margin, margin))
     mask = np.asarray(canvas, dtype=np.float64) / 255.0
-    return _paint(mask, rng, ink, paper)
+    return paint(mask, rng, ink, paper)
 
 
-@lru_cache(maxsize=256)
-def _font(path: str, size: int) -> FreeTypeFont:
-    from PIL import ImageFont
+def reduced(mask: Image) -> np.ndarray[Any, Any]:
+    """Halve a mask and give its values in 0–1. Shape: (SIZE, SIZE).
 
-    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
-
-
-def _reduce(mask: Image) -> np.ndarray[Any, Any]:
-    """Halve a mask and give its values in 0–1. Shape: (SIZE, SIZE)."""
-    return np.asarray(mask.reduce(_CANVAS // SIZE), dtype=np.float64) / 255.0
+    Args:
+        mask: a grey picture of `CANVAS` × `CANVAS` pixels.
+    """
+    return np.asarray(mask.reduce(CANVAS // SIZE), dtype=np.float64) / 255.0
 
 
-def _paint(
+def paint(
     mask: np.ndarray[Any, Any], rng: np.random.Generator, ink: Colours, paper: Colours, noise: float = 0.0
 ) -> Image:
-    """Colour a mask: 1 becomes a random ink, 0 a random paper."""
+    """Colour a mask: 1 becomes a random ink, 0 a random paper.
+
+    Args:
+        mask: values in 0–1. Shape: (SIZE, SIZE).
+        rng: source of randomness.
+        ink: colours of 1.
+        paper: colours of 0.
+        noise: standard deviation of what is added to each colour of each pixel, of 255.
+    """
     from PIL import Image
 
     front, back = rng.uniform(*ink), rng.uniform(*paper)  # (3,)
@@ -193,12 +198,26 @@ def _paint(
     return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
 
 
-def _regular(corners: int, inner: float = 1.0, turn: float = 0.0, scale: float = 1.0) -> list[Point]:
-    """Corners of a regular polygon around the origin; with `inner` below 1, a star."""
+def regular(corners: int, inner: float = 1.0, turn: float = 0.0, scale: float = 1.0) -> list[Point]:
+    """Give the corners of a regular polygon around the origin, the first on top; with `inner` below 1, of a star.
+
+    Args:
+        corners: how many, or how many points of a star.
+        inner: radius of the corners between the points of a star; 1 makes no star.
+        turn: in radians.
+        scale: the radius.
+    """
     steps = corners if inner == 1.0 else 2 * corners
     radii = [scale * (1.0 if k % 2 == 0 or inner == 1.0 else inner) for k in range(steps)]
     angles = [2 * pi * k / steps - pi / 2 + turn for k in range(steps)]
     return [(r * cos(a), r * sin(a)) for r, a in zip(radii, angles, strict=True)]
+
+
+@lru_cache(maxsize=256)
+def _font(path: str, size: int) -> FreeTypeFont:
+    from PIL import ImageFont
+
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _heart() -> list[Point]:
@@ -223,14 +242,14 @@ _ARROW: list[Point] = [(-1, -0.28), (0.1, -0.28), (0.1, -0.8), (1, 0), (0.1, 0.8
 _ROUND = 48
 
 SHAPES: dict[str, Callable[[], list[tuple[list[Point], int]]]] = {
-    "circle": lambda: [(_regular(_ROUND), 255)],
-    "square": lambda: [(_regular(4, turn=pi / 4, scale=1.15), 255)],
-    "triangle": lambda: [(_moved(_regular(3, scale=1.1), 0, 0.2), 255)],
-    "star": lambda: [(_regular(5, inner=0.4, scale=1.1), 255)],
+    "circle": lambda: [(regular(_ROUND), 255)],
+    "square": lambda: [(regular(4, turn=pi / 4, scale=1.15), 255)],
+    "triangle": lambda: [(_moved(regular(3, scale=1.1), 0, 0.2), 255)],
+    "star": lambda: [(regular(5, inner=0.4, scale=1.1), 255)],
     "cross": lambda: [(_cross(), 255)],
     "heart": lambda: [(_heart(), 255)],
-    "crescent": lambda: [(_regular(_ROUND), 255), (_moved(_regular(_ROUND, scale=0.85), 0.45, 0), 0)],
-    "ring": lambda: [(_regular(_ROUND), 255), (_regular(_ROUND, scale=0.55), 0)],
+    "crescent": lambda: [(regular(_ROUND), 255), (_moved(regular(_ROUND, scale=0.85), 0.45, 0), 0)],
+    "ring": lambda: [(regular(_ROUND), 255), (regular(_ROUND, scale=0.55), 0)],
     "arrow": lambda: [(_ARROW, 255)],
     "diamond": lambda: [([(0, -1.1), (0.65, 0), (0, 1.1), (-0.65, 0)], 255)],
 }

@@ -3,52 +3,16 @@
 from __future__ import annotations
 
 import json
-import runpy
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 from runs import run_cli
-from safetensors import safe_open
 
-from fusion_merge import zoo
-from fusion_merge.errors import ModelError
 from fusion_merge.pools.datasets import make_task
 from fusion_merge.zoo import tiny8
 
 EVERY_TASK = tiny8.TASKS + tiny8.UNSEEN_TASKS
-
-
-# Models
-
-
-def test_pool_has_a_pretrained_model_and_one_a_task():
-    assert zoo.names() == sorted(f"tiny8/{name}" for name in ("pretrained", *tiny8.TASKS))
-
-
-def test_weights_are_stored_in_half_precision_and_take_little_room():
-    files = [zoo.path(f"zoo://{name}") / "model.safetensors" for name in zoo.names()]
-    assert sum(file.stat().st_size for file in files) < 12e6
-    for file in files:
-        with safe_open(file, "pt") as handle:
-            kinds = {handle.get_slice(key).get_dtype() for key in handle.keys()}  # noqa: SIM118
-        assert kinds <= {"F16", "BF16", "I64"}
-
-
-def test_unknown_model_is_refused_with_the_nearest():
-    with pytest.raises(ModelError, match="`zoo://tiny8/digit` is not in the zoo; did you mean `tiny8/digits`"):
-        zoo.path("zoo://tiny8/digit")
-
-
-def test_recipe_makes_the_tokenizer_that_is_shipped(tmp_path):
-    recipe = Path(__file__).parents[2] / "examples" / "tiny8" / "pretrain.py"
-    names = runpy.run_path(str(recipe))
-    bpe = json.loads(names["make_tokenizer"]().backend_tokenizer.to_str())["model"]
-    names["write_vocabulary"](tmp_path, bpe["vocab"], bpe["merges"])
-    shipped = zoo.path("zoo://tiny8/pretrained")
-    for file in ("vocab.json", "merges.txt"):
-        assert (tmp_path / file).read_bytes() == (shipped / file).read_bytes()
 
 
 # Tasks

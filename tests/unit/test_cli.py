@@ -26,7 +26,7 @@ from fusion_merge.schema import register_schema
 PRESETS = Path(str(files("fusion_merge.config")))
 YAMLS = sorted(str(file.relative_to(PRESETS)) for file in PRESETS.rglob("*.yaml"))
 HERE = [
-    file for file in YAMLS if file.startswith(("config", "method", "tuned")) or "tiny8" in file or "clip_vision" in file
+    file for file in YAMLS if file.startswith(("config", "method", "tuned")) or "tiny" in file or "clip_vision" in file
 ]
 """The others are those of published pools: see test_presets.py."""
 

@@ -658,7 +658,11 @@ def test_file_of_an_unknown_kind_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("zoo://tiny9/dots", "no pool `tiny9`"), ("zoo://tiny8/dotts", "'dotts'.*dots"), ("zoo://tiny8", "tiny8")],
+    [
+        ("zoo://tiny9/dots", "no pool `tiny9`.*did you mean `tiny8`"),
+        ("zoo://tiny8/dotts", "'dotts'.*dots"),
+        ("zoo://tiny8", "tiny8"),
+    ],
 )
 def test_unknown_embedded_task_is_refused(source, message):
     with pytest.raises(DataError, match=message) as caught:

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 from runs import assert_refused, own_pool, run_cli
 
-from fusion_merge import CLIPVisionModelPool
+from fusion_merge import CLIPVisionModelPool, presets
 from fusion_merge.errors import DataError
 from fusion_merge.help import shown_presets
 from fusion_merge.pools.prompts import prompt_names, prompt_set
@@ -153,12 +153,14 @@ OWN_TASKS = {name for name in PUBLISHED if name.endswith(("_robustness_clean", "
 }
 """Model pools with a task pool of their name."""
 
+EMBEDDED = ("tiny8", "tiny8_hard", "tiny20")
+
 
 # Model pools
 
 
 def test_there_are_no_other_model_pools():
-    assert {*PUBLISHED, "clip_vision", "tiny8"} == set(preset_names("modelpool"))
+    assert {*PUBLISHED, "clip_vision", *EMBEDDED} == set(preset_names("modelpool"))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -171,6 +173,12 @@ def test_model_pool_has_the_published_models_and_images_and_can_be_made_offline(
     pool = object_from_config(config, "modelpool", CLIPVisionModelPool)
     assert pool.base_model == models["_pretrained_"]
     assert pool.model_names == list(models)[1:]
+
+
+def test_a_list_of_tasks_may_say_where_it_stands_itself(monkeypatch):
+    lists = {"two": "defaults: [one, _self_, {task@_here_: [b]}]", "one": "defaults: [{task@_here_: [a]}, _self_]"}
+    monkeypatch.setattr(presets, "_text", lambda _group, name: lists[name])
+    assert presets._listed("two") == ["a", "b"]
 
 
 def test_every_list_is_the_one_before_and_two_tasks_more():
@@ -219,7 +227,7 @@ SCORED = scored()
 
 
 def test_there_are_no_other_task_pools():
-    assert {*SCORED, "clip_vision", "dummy", "tiny8", "tiny8_generalization", "tiny8_unseen"} == set(
+    assert {*SCORED, "clip_vision", "dummy", *EMBEDDED, "tiny8_generalization", "tiny8_unseen"} == set(
         preset_names("taskpool")
     )
 
@@ -233,10 +241,10 @@ def test_task_pool_scores_the_published_tasks_and_can_be_made_offline(preset, na
     assert object_from_config(config, "taskpool", TaskPool).task_names == list(SCORED[name])
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, "tiny8", "clip_vision"])
+@pytest.mark.parametrize("name", [*PUBLISHED, *EMBEDDED, "clip_vision"])
 def test_model_pool_has_a_task_pool_by_default(name):
     """Either that of its name, or the one that takes the model pool's own images."""
-    own = name in OWN_TASKS or name in ("tiny8", "clip_vision")
+    own = name in OWN_TASKS or name in (*EMBEDDED, "clip_vision")
     assert (name in preset_names("taskpool")) == own
     stored = ConfigStore.instance().load(f"taskpool/CLIPVisionModelPool/{name}.yaml").node
     assert stored == {"defaults": [f"/taskpool/{name if own else 'clip_vision'}@_here_"]}
@@ -411,6 +419,13 @@ def test_there_are_no_other_prompt_sets():
 def test_unknown_prompt_set_names_the_nearest():
     with pytest.raises(DataError, match=r"`prompts`='cifar11' is not a prompt set; did you mean `cifar10`"):
         prompt_set("cifar11")
+
+
+def test_help_shows_a_preset_beside_the_family_that_begins_with_its_name(monkeypatch):
+    names = ["pool", *(f"pool_{k}" for k in "abcd")]
+    monkeypatch.setattr("fusion_merge.help.preset_names", lambda _group: names)
+    lines = [line.removeprefix("modelpool").strip() for line in shown_presets().splitlines()]
+    assert {"pool", "pool_{a, b, c, d}"} <= {*lines}
 
 
 @pytest.mark.parametrize("columns", [64, 80, 500])

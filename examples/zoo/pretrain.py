@@ -1,11 +1,12 @@
-"""Pretrain the small CLIP of the embedded pool `tiny8`, offline, in about ten minutes on two cores.
+"""Pretrain the small CLIP of an embedded pool, offline, in about ten minutes on two cores.
 
-1. A byte-pair vocabulary is made from the prompts of all ten tasks.
+1. A byte-pair vocabulary is made from the prompts of all tasks.
 2. The text tower learns to keep the class prompts apart (a random one hardly does), and is frozen.
 3. The vision tower learns to match a few strongly distorted images of every task with their captions.
-4. Scales are balanced without changing the function, so that fine-tuning moves the MLPs most (see `balance`).
+4. Where the recipe says so, scales are balanced without changing the function, so that fine-tuning moves the MLPs
+   most (see `balance`).
 
-Usage: python pretrain.py OUTPUT_FOLDER
+Usage: python pretrain.py POOL OUTPUT_FOLDER
 """
 
 from __future__ import annotations
@@ -22,19 +23,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from recipes import RECIPES, Recipe
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
-from fusion_merge.zoo import tiny8
+from fusion_merge.zoo.tasks import SIZE
 
 log = logging.getLogger("pretrain")
 
-ALL_TASKS = tiny8.TASKS + tiny8.UNSEEN_TASKS
-IMAGES_PER_CLASS = dict(zip(ALL_TASKS, (100, 120, 80, 80, 80, 30, 20, 30, 60, 20), strict=True))
-TASK_WEIGHTS = dict(zip(ALL_TASKS, (1.5, 1.5, 1.0, 2.0, 2.0, 0.6, 0.4, 0.6, 1.0, 0.3), strict=True))
 LOGIT_SCALE = 20.0  # while pretraining
-FINAL_LOGIT_SCALE = 5.0  # from then on: with it, fine-tuning is never done, and entropy tells experts from mixtures
 CONTEXT = 32
 PROJECTION = 64
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -42,15 +40,15 @@ CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
-def make_tokenizer() -> CLIPTokenizerFast:
+def make_tokenizer(recipe: Recipe) -> CLIPTokenizerFast:
     """Make a tokenizer like CLIP's with a small vocabulary: all bytes, and merges found in the prompts."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     prompts = [
         t.format(c)
-        for task in ALL_TASKS
-        for t in tiny8.templates(task)
-        for c in tiny8.classnames(task, pretraining=True)
+        for task in recipe.tasks
+        for t in recipe.module.templates(task)
+        for c in recipe.module.classnames(task, pretraining=True)
     ]
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
     learner.normalizer = normalizers.Lowercase()
@@ -88,15 +86,15 @@ def write_vocabulary(folder: Path, vocabulary: dict[str, int], merges: Sequence[
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def make_model(tokenizer: CLIPTokenizerFast) -> CLIPModel:
-    """Make the untrained model: 0.48 million parameters in the vision tower, most of them in its MLPs."""
+def make_model(recipe: Recipe, tokenizer: CLIPTokenizerFast) -> CLIPModel:
+    """Make the untrained model: 0.2 to 0.5 million parameters in the vision tower, most of them in its MLPs."""
     end = len(tokenizer) - 1
     vision = {
         "hidden_size": 64,
-        "intermediate_size": 768,
+        "intermediate_size": recipe.intermediate_size,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "image_size": tiny8.SIZE,
+        "image_size": SIZE,
         "patch_size": 8,
         "projection_dim": PROJECTION,
     }
@@ -118,16 +116,18 @@ def make_model(tokenizer: CLIPTokenizerFast) -> CLIPModel:
     return model
 
 
-def embed_classes(model: CLIPModel, tokenizer: CLIPTokenizerFast, task: str) -> Tensor:
+def embed_classes(recipe: Recipe, model: CLIPModel, tokenizer: CLIPTokenizerFast, task: str) -> Tensor:
     """Embed the classes of a task: the mean over its templates. Shape: (classes, PROJECTION)."""
-    names, templates = tiny8.classnames(task, pretraining=True), tiny8.templates(task)
+    names, templates = recipe.module.classnames(task, pretraining=True), recipe.module.templates(task)
     tokens = tokenizer([t.format(n) for n in names for t in templates], padding=True, return_tensors="pt")
     pooled = model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
     embeddings = F.normalize(model.text_projection(pooled), dim=-1)
     return F.normalize(embeddings.view(len(names), len(templates), -1).mean(1), dim=-1)
 
 
-def spread_classes(model: CLIPModel, tokenizer: CLIPTokenizerFast, steps: int = 200, lr: float = 1e-3) -> None:
+def spread_classes(
+    recipe: Recipe, model: CLIPModel, tokenizer: CLIPTokenizerFast, steps: int = 200, lr: float = 1e-3
+) -> None:
     """Train the text tower alone: push apart the classes of each task, and a little those of all tasks."""
 
     def overlap(e: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def spread_classes(model: CLIPModel, tokenizer: CLIPTokenizerFast, steps: int = 
     parameters = [*model.text_model.parameters(), *model.text_projection.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=lr)
     for _ in range(steps):
-        heads = [embed_classes(model, tokenizer, task) for task in ALL_TASKS]
+        heads = [embed_classes(recipe, model, tokenizer, task) for task in recipe.tasks]
         loss = sum((overlap(e).sum() / len(e) for e in heads), start=10 * overlap(torch.cat(heads)).mean())
         optimizer.zero_grad()
         loss.backward()
@@ -144,20 +144,27 @@ def spread_classes(model: CLIPModel, tokenizer: CLIPTokenizerFast, steps: int = 
     log.info("class prompts spread, remaining overlap %.3f", loss.item())
 
 
-def few_images(task: str) -> tuple[Tensor, Tensor]:
+def few_images(recipe: Recipe, task: str) -> tuple[Tensor, Tensor]:
     """Give a few training images of each class. Shapes: (B, 3, 32, 32), values in 0–1; (B,)."""
-    data = tiny8.load_task(task, "train", pretraining=True)
+    data = recipe.module.load_task(task, "train", pretraining=True)
     labels = torch.tensor(data["label"][:])
-    count = IMAGES_PER_CLASS[task]
+    count = recipe.images[task]
     chosen = torch.cat(
-        [(labels == c).nonzero()[:count, 0] for c in range(len(tiny8.classnames(task, pretraining=True)))]
+        [(labels == c).nonzero()[:count, 0] for c in range(len(recipe.module.classnames(task, pretraining=True)))]
     )
     pixels = np.stack([np.asarray(image) for image in data.select(chosen.tolist())["image"]])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, labels[chosen]
 
 
-def distort(images: Tensor, generator: torch.Generator, strength: float = 0.8) -> Tensor:
-    """Turn, shear, scale, move, recolour, invert and roughen images, then normalise them as CLIP does."""
+def distort(images: Tensor, generator: torch.Generator, keep_colours: Tensor, strength: float = 0.8) -> Tensor:
+    """Turn, shear, scale, move, recolour, invert and roughen images, then normalise them as CLIP does.
+
+    Args:
+        images: values in 0–1. Shape: (B, 3, 32, 32).
+        generator: source of randomness.
+        keep_colours: which images are neither recoloured nor inverted. Shape: (B,).
+        strength: of all of it; 0 leaves the images almost as they are.
+    """
     batch = len(images)
 
     def uniform(scale: float, *shape: int) -> Tensor:
@@ -171,9 +178,11 @@ def distort(images: Tensor, generator: torch.Generator, strength: float = 0.8) -
     affine = torch.cat([torch.stack(rows, dim=1), uniform(0.2, 2)[..., None]], dim=2)  # (B, 2, 3)
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    colours = torch.rand(batch, 3, generator=generator).argsort(1)[:, :, None, None].expand_as(images)
-    images = images.gather(1, colours)
+    colours = torch.rand(batch, 3, generator=generator).argsort(1)
+    colours = torch.where(keep_colours[:, None], torch.arange(3), colours)
+    images = images.gather(1, colours[:, :, None, None].expand_as(images))
     inverted = (torch.rand(batch, 1, 1, 1, generator=generator) < 0.3 * strength).float()
+    inverted = inverted * ~keep_colours[:, None, None, None]
     images = images + inverted * (1 - 2 * images)
     contrast = 1 - 0.1 * strength + uniform(0.5, 1, 1, 1)
     images = (images - 0.5) * contrast + 0.5 + uniform(0.2, 3, 1, 1)
@@ -183,6 +192,7 @@ def distort(images: Tensor, generator: torch.Generator, strength: float = 0.8) -
 
 
 def pretrain_vision(
+    recipe: Recipe,
     model: CLIPModel,
     tokenizer: CLIPTokenizerFast,
     steps: int,
@@ -193,13 +203,16 @@ def pretrain_vision(
     """Train the vision tower and its projection: cross-entropy over the captions of all tasks together."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        heads = [embed_classes(model, tokenizer, task) for task in ALL_TASKS]
+        heads = [embed_classes(recipe, model, tokenizer, task) for task in recipe.tasks]
     captions, starts = torch.cat(heads), np.cumsum([0] + [len(h) for h in heads])
-    pool = [few_images(task) for task in ALL_TASKS]
+    pool = [few_images(recipe, task) for task in recipe.tasks]
     images = torch.cat([x for x, _ in pool])
     labels = torch.cat([y + int(start) for (_, y), start in zip(pool, starts, strict=False)])
+    by_colour = torch.cat(
+        [torch.full((len(y),), recipe.module.TABLE[t].by_colour) for t, (_, y) in zip(recipe.tasks, pool, strict=True)]
+    )
     shares = torch.cat(
-        [torch.full((len(y),), TASK_WEIGHTS[t] / len(y)) for t, (_, y) in zip(ALL_TASKS, pool, strict=True)]
+        [torch.full((len(y),), recipe.shares[t] / len(y)) for t, (_, y) in zip(recipe.tasks, pool, strict=True)]
     )
     model.requires_grad_(False)
     parameters = [*model.vision_model.parameters(), *model.visual_projection.parameters()]
@@ -212,7 +225,7 @@ def pretrain_vision(
     start = time.perf_counter()
     for step in range(1, steps + 1):
         chosen = torch.multinomial(shares, batch_size, replacement=True, generator=generator)
-        pooled = model.vision_model(distort(images[chosen], generator)).pooler_output
+        pooled = model.vision_model(distort(images[chosen], generator, by_colour[chosen])).pooler_output
         embedded = F.normalize(model.visual_projection(pooled), dim=-1)  # (B, PROJECTION)
         loss = F.cross_entropy(LOGIT_SCALE * embedded @ captions.T, labels[chosen])
         optimizer.zero_grad()
@@ -266,7 +279,7 @@ def save(model: CLIPModel, tokenizer: CLIPTokenizerFast, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    size = tiny8.SIZE
+    size = SIZE
     CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(folder)
     bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     write_vocabulary(folder, bpe["vocab"], bpe["merges"])
@@ -275,19 +288,22 @@ def save(model: CLIPModel, tokenizer: CLIPTokenizerFast, folder: Path) -> None:
 def main() -> None:
     """Run all steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pool", choices=tuple(RECIPES), help="which pool")
     parser.add_argument("output", type=Path, help="folder of the pretrained model")
-    parser.add_argument("--steps", type=int, default=2600, help="steps of the vision tower")
+    parser.add_argument("--steps", type=int, help="steps of the vision tower; default: the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(arguments.seed)
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
-    spread_classes(model, tokenizer)
-    pretrain_vision(model, tokenizer, arguments.steps, seed=arguments.seed)
-    balance(model)
+    recipe = RECIPES[arguments.pool]
+    tokenizer = make_tokenizer(recipe)
+    model = make_model(recipe, tokenizer)
+    spread_classes(recipe, model, tokenizer)
+    pretrain_vision(recipe, model, tokenizer, arguments.steps or recipe.steps, seed=arguments.seed)
+    if recipe.balanced:
+        balance(model)
     with torch.no_grad():
-        model.logit_scale.fill_(math.log(FINAL_LOGIT_SCALE))
+        model.logit_scale.fill_(math.log(recipe.final_logit_scale))
     save(model, tokenizer, arguments.output)
     log.info("saved to %s", arguments.output)
 
