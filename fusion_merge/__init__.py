@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fusion_merge.methods.dare import DareAlgorithm
     from fusion_merge.methods.dummy import DummyAlgorithm
     from fusion_merge.methods.e_wemoe import EWEMoEAlgorithm
+    from fusion_merge.methods.fusion_moe import FusionMoEAlgorithm
     from fusion_merge.methods.iso_c import IsoCAlgorithm
     from fusion_merge.methods.iso_cts import IsoCTSAlgorithm
     from fusion_merge.methods.layer_wise_adamerging import LayerWiseAdaMergingAlgorithm
@@ -42,6 +43,7 @@ _HOMES = {
     "DummyAlgorithm": "methods.dummy",
     "DummyTaskPool": "pools.task_pool",
     "EWEMoEAlgorithm": "methods.e_wemoe",
+    "FusionMoEAlgorithm": "methods.fusion_moe",
     "IsoCAlgorithm": "methods.iso_c",
     "IsoCTSAlgorithm": "methods.iso_cts",
     "LayerWiseAdaMergingAlgorithm": "methods.layer_wise_adamerging",
@@ -71,6 +73,7 @@ __all__ = [
     "DummyAlgorithm",
     "DummyTaskPool",
     "EWEMoEAlgorithm",
+    "FusionMoEAlgorithm",
     "IsoCAlgorithm",
     "IsoCTSAlgorithm",
     "LayerWiseAdaMergingAlgorithm",

@@ -10,11 +10,10 @@ import pytest
 import torch
 from helpers import TASKS
 
+from fusion_merge import FusionMoEAlgorithm, WEMoEAlgorithm
 from fusion_merge.adaptation.runtime import make_fabric
 from fusion_merge.adaptation.streams import task_streams
 from fusion_merge.errors import ConfigError
-from fusion_merge.methods.fusion_moe import FusionMoEAlgorithm
-from fusion_merge.methods.wemoe import WEMoEAlgorithm
 from fusion_merge.models.clip import pooled_output
 from fusion_merge.pools.images import OnBadImage
 
