@@ -14,7 +14,7 @@ from fusion_merge.methods.base import Method
 from fusion_merge.models.clip import expected_shapes
 from fusion_merge.models.ensemble import TowerEnsemble
 from fusion_merge.models.merged import MergedCLIPVisionModel
-from fusion_merge.moe import moe_layers
+from fusion_merge.moe import MoEAttention, moe_layers
 from fusion_merge.moe.layer import router_parameters
 from fusion_merge.moe.projection import projection_layers
 from fusion_merge.pools.task_pool import model_info
@@ -125,6 +125,7 @@ class ModelSize:
         kind: of the banks: dense, sparse, low_rank; None for a plain tower.
         coefficients: K, of one layer.
         router_widths: for each layer, the numbers that its router keeps of one token for the backward pass.
+        attentions: routed attention blocks; the others are MLPs.
         passes: what a forward pass multiplies beside a plain tower's, where it is no routed MLP that adds to it.
     """
 
@@ -136,6 +137,7 @@ class ModelSize:
     kind: str | None = None
     coefficients: int = 0
     router_widths: tuple[int, ...] = ()
+    attentions: int = 0
     passes: float = 1.0
 
 
@@ -183,6 +185,7 @@ def model_size(method: Method, config: CLIPVisionConfig, num_tasks: int) -> Mode
         kind=str(banks[0].spec()["kind"]),
         coefficients=first.num_coefficients,
         router_widths=tuple(_kept_by_router(layer.router.spec()) for layer in layers),
+        attentions=sum(isinstance(layer, MoEAttention) for layer in layers),
     )
 
 

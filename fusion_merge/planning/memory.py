@@ -304,7 +304,8 @@ def kept_for_backward(tower: Geometry, model: ModelSize, training: Training) -> 
         each = 9 * tower.width + (tower.kept_by_activation + 1) * tower.hidden
         return FLOAT * (tower.layers * tokens * each + training.batch_size * tower.inputs)
     attention = 6 * tower.width  # the inputs of both norms, q, k, v and the output
-    numbers = (tower.layers - 1) * tokens * attention  # before the first MLP nothing is trained
+    plain = tower.layers if model.attentions else tower.layers - 1  # before the first routed block nothing is trained
+    numbers = plain * tokens * attention
     numbers += tokens * (tower.width + sum(model.router_widths))
     mlp, inputs = tower.kept_by_activation * tower.hidden, tower.width + tower.hidden  # of both linear layers
     if merges(tower, model, tokens, training.batch_routing):
@@ -314,6 +315,10 @@ def kept_for_backward(tower: Geometry, model: ModelSize, training: Training) -> 
         mlp += 2 * model.coefficients + (tower.width if any(model.router_widths) else 0)
     else:
         mlp += inputs
+    if model.attentions:  # of the four projections: what each experts' bank keeps, or the weights that are merged
+        merged = merges(tower, model, tokens, training.batch_routing)
+        kept = 4 * model.coefficients if model.kind == "low_rank" and not merged else tower.width
+        numbers += model.attentions * (tokens * kept + 4 * merged * tower.width**2)
     return FLOAT * (numbers + tower.layers * tokens * mlp)
 
 

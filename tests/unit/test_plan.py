@@ -356,16 +356,18 @@ def random_model(method: MoEMethod, config: CLIPVisionConfig, tasks: int) -> Mer
     tower = empty_tower(config)
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter, 0, 0.02)
+    backbone = vision_backbone(tower)
     routed = route_mlps(
-        vision_backbone(tower),
+        backbone,
         make_bank=lambda _, linear: empty_experts(
             method.experts_spec(tasks, linear.in_features, linear.out_features)
             | ({"num_values": 0} if isinstance(method, EWEMoEAlgorithm) else {}),
             linear.in_features,
             linear.out_features,
         ),
-        make_router=method.router_maker(torch.Generator().manual_seed(0)),
+        make_router=method.router_maker(torch.Generator().manual_seed(0), tasks),
         routing=Routing.BATCH if method.batch_reduce else Routing.SAMPLE,
+        chosen=method.routed_blocks(backbone, list),
     )
     names = [str(n) for n in range(tasks)]
     return MergedCLIPVisionModel.from_tower(routed, tasks=names, method="", method_options={}, base_model="")
@@ -396,6 +398,9 @@ def cases() -> Iterator[Any]:
             yield RankOneMoEAlgorithm(rank_k=4, **options)
             yield EWEMoEAlgorithm(**options)
     yield EWEMoEAlgorithm(position_encoding=True)
+    for routing in (True, False):
+        yield WEMoEAlgorithm(targets="all", batch_reduce=routing)
+        yield RankOneMoEAlgorithm(targets="all", rank_k=4, batch_reduce=routing)
 
 
 @pytest.mark.parametrize(
