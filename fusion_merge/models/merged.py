@@ -66,7 +66,8 @@ class MergedCLIPVisionModel(PreTrainedModel):
             torch.zeros(len(config.tasks), len(layers), *config.measured_inputs) if config.measured_inputs else None
         )
         self.register_buffer("task_inputs", inputs)
-        self.heads = TaskHeads.empty(config.heads, config.vision_config["hidden_size"]) if config.heads else None
+        width = vision_config(config.vision_config, where="the merged model").hidden_size
+        self.heads = TaskHeads.empty(config.heads, width) if config.heads else None
         self.known_directions: list[Tensor] | None = None
         if config.moe:
             for parameter in router_parameters(self.vision_model):

@@ -153,8 +153,6 @@ def _agreement(model: MergedCLIPVisionModel, coefficients: list[Tensor]) -> Tens
     towards its mean variance. Where only the means are known, Σ is the identity.
     """
     num_tasks = len(model.config.tasks)
-    if all(float(c.var(dim=0, unbiased=False).sum()) == 0 for c in coefficients) and len(coefficients[0]) > 1:
-        raise ModelError('the coefficients are the same for all images, and tell no task; identify by="projection"')
     own = _by_task(coefficients, num_tasks)  # (B, L·N)
     if knows_inputs(model) and model.task_inputs is not None:
         kept = kept_coefficients(model)  # L × (N, M, K)
@@ -164,13 +162,20 @@ def _agreement(model: MergedCLIPVisionModel, coefficients: list[Tensor]) -> Tens
         centred = (known - means[:, None])[there]  # (images, L·N)
         covariance = centred.T @ centred / len(centred)
         floor = _SHRINKAGE * covariance.diagonal().mean().clamp(min=1e-12)
+        _check_apart(means)
         factor = torch.linalg.cholesky(covariance + floor * torch.eye(len(covariance), dtype=torch.float64))
         own, means = (torch.linalg.solve_triangular(factor, x.T, upper=False).T for x in (own, means))
     else:
         blocks = moe_layers(model.vision_model).values()
         table = model.task_coefficients.cpu()
         means = _by_task([table[:, i, : block.num_coefficients] for i, block in enumerate(blocks)], num_tasks)
+        _check_apart(means)
     return -0.5 * torch.cdist(own, means).square()  # (B, N)
+
+
+def _check_apart(means: Tensor) -> None:
+    if len(means) > 1 and (means - means[0]).abs().max() <= 1e-6 * means.abs().max():
+        raise ModelError('all tasks have the same mean coefficients, which tell no task; identify by="projection"')
 
 
 def _by_task(coefficients: list[Tensor], num_tasks: int) -> Tensor:

@@ -158,7 +158,7 @@ def test_images_agree_with_their_own_task(model, taskpool):
 
 def test_means_alone_are_enough_to_agree_with(model, taskpool):
     _with_everything(model, taskpool)
-    model.task_inputs = None  # as after `method.checkpoint`
+    model.task_inputs = None
     for task in range(2):
         assert (model.identify(_pixels(task)).argmax(dim=1) == task).float().mean() > 0.9
 
@@ -241,8 +241,9 @@ def test_coefficients_that_ignore_the_image_tell_no_task(modelpool):
     set_routing(model, "sample")
     for task, name in enumerate(model.config.tasks):
         model.measure(name, [_pixels(task)])
-    with pytest.raises(ModelError, match="tell no task"):
-        model.identify(_pixels(0))
+    for pixels in (_pixels(0), _pixels(0, 1)):
+        with pytest.raises(ModelError, match="tell no task"):
+            model.identify(pixels)
     assert model.identify(_pixels(0), "projection").shape == (12, 2)
 
 
