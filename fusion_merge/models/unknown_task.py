@@ -223,6 +223,6 @@ def _shares(inputs: list[Tensor], directions: list[Tensor]) -> Tensor:
     total = torch.zeros(())
     for tokens, vectors in zip(inputs, directions, strict=True):
         unit = F.normalize(tokens.float(), dim=-1)  # (B, T, D)
-        inside = torch.einsum("btd,nrd->bntr", unit, vectors).square().sum(dim=-1)  # (B, N, T)
-        total = total.to(inside) + inside.mean(dim=-1)
+        inside = [(unit @ own.T).square().sum(dim=-1).mean(dim=-1) for own in vectors]  # N × (B,)
+        total = total.to(unit) + torch.stack(inside, dim=1)  # (B, N)
     return total / len(inputs) - 1.0  # (B, N)
