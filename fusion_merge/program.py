@@ -33,6 +33,7 @@ from fusion_merge.report.plots import loss_curve, routing_picture
 from fusion_merge.report.provenance import provenance, routing_of, scoring_of, versions
 from fusion_merge.report.routing import routing_weights
 from fusion_merge.report.tables import accuracy_table, average, columns_of, model_size, written_report
+from fusion_merge.report.unknown_task import check_unknown_task, give_heads, unknown_task_scores
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class FusionProgram:
         if isinstance(self.taskpool, CLIPVisionModelTaskPool):
             self.taskpool.check()
         self.check_routings()
+        check_unknown_task(self.config, self.method, self.taskpool)
         self.check_surroundings()
 
     def check_surroundings(self) -> tuple[torch.device, int]:
@@ -205,6 +207,7 @@ class FusionProgram:
         with self._phase("method"):
             model = self.method.run(self.modelpool, self._tasks_for_method(), fabric)
         with together():
+            give_heads(model, self.taskpool)
             self._save(model, fabric)
         return model
 
@@ -219,6 +222,8 @@ class FusionProgram:
             report = self._evaluate(model, fabric)
             if routings := self._evaluate_routings(model, fabric):
                 report["routings"] = routings
+            if found := unknown_task_scores(model, self.taskpool, self.config, placement_of(fabric)):
+                report["unknown_task"] = found
         with self._phase("baselines"):
             report["baselines"] = self._baselines(fabric)
         further = (*report["baselines"].values(), *report.get("routings", {}).values())

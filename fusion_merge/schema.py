@@ -78,6 +78,7 @@ class ProgramConfig:
     print_config: bool = False
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
     evaluate_routings: list[str] | None = None
+    unknown_task: Any = False
     corruption: str | None = None
     output_dir: str | None = None
     report_save_path: str | None = None

@@ -17,6 +17,7 @@ from fusion_merge.sealed import checksum, read_about, read_sealed, write_sealed
 
 FORMAT = 1
 _MEASURED = "task_coefficients"
+_INPUTS = "task_inputs"
 
 
 def router_state(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -75,7 +76,8 @@ def load_trained(
     """
     what = called(part)
     tensors, about = read_sealed(path, what)
-    tensors.pop(_MEASURED, None)
+    for name in (_MEASURED, _INPUTS):
+        tensors.pop(name, None)
     about.pop(_MEASURED, None)
     check_belongs(path, what, about, {"version": FORMAT, **belongs_to})
     there, here = ({n: list(t.shape) for n, t in state.items()} for state in (tensors, own))
@@ -98,7 +100,7 @@ def called(part: str) -> str:
 
 
 def add_coefficients(path: Path | str, model: MergedCLIPVisionModel) -> None:
-    """Add the mean merging coefficients of each task to a router checkpoint.
+    """Add the mean merging coefficients of each task, and what routers read of its images, to a router checkpoint.
 
     Args:
         path: what `save_trained` wrote.
@@ -109,12 +111,14 @@ def add_coefficients(path: Path | str, model: MergedCLIPVisionModel) -> None:
     """
     tensors, about = read_sealed(path, called("routers"))
     tensors[_MEASURED] = model.task_coefficients
+    if model.task_inputs is not None:
+        tensors[_INPUTS] = model.task_inputs
     about[_MEASURED] = {"tasks": model.config.measured_tasks, "routers": checksum(router_state(model))}
     write_sealed(path, tensors, about)
 
 
 def load_coefficients(path: Path | str, model: MergedCLIPVisionModel) -> None:
-    """Read the mean merging coefficients of each task into a model, if the file has those of its very routers.
+    """Read into a model what `add_coefficients` wrote, if it is of the model's very routers.
 
     Args:
         path: what `save_trained` wrote.
@@ -128,6 +132,8 @@ def load_coefficients(path: Path | str, model: MergedCLIPVisionModel) -> None:
     if measured.get("routers") == checksum(router_state(model)):
         model.task_coefficients.copy_(tensors[_MEASURED])
         model.config.measured_tasks = list(measured["tasks"])
+        if _INPUTS in tensors:
+            model.task_inputs = tensors[_INPUTS].to(model.task_coefficients)
 
 
 def check_belongs(path: Path | str, what: str, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

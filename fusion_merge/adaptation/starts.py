@@ -48,7 +48,8 @@ def ridge_start(model: nn.Module, images: Mapping[str, Tensor], *, ridge: float 
     weights = torch.cat([torch.full((len(t),), 1 / (len(t) * len(tasks))) for t in tasks]).to(device, torch.float64)
 
     def solve(block: RoutedBlock, tokens: Tensor) -> None:
-        features, out = block.router.readout(tokens)
+        features = block.router.last_inputs(tokens)  # an error, where there is no such layer
+        out: Any = block.router.last_layer()
         weight, bias = ridge_solution(features.double(), one_hot, weights, ridge)  # (N, F), (N,)
         each = block.num_coefficients // len(images)
         out.weight.copy_(weight.repeat_interleave(each, dim=0))

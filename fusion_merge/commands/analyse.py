@@ -25,8 +25,8 @@ def run(config: Mapping[str, Any], output_dir: Path, typed: str) -> int:
         return 0
     if name not in ANALYSES:
         raise ConfigError(f"`{name}` is not an analysis; {nearest(str(name), ANALYSES)}")
-    for key in ("protocol", "evaluate_routings"):
-        if config[key] is not None:
+    for key in ("protocol", "evaluate_routings", "unknown_task"):
+        if config[key] not in (None, False):
             raise ConfigError(f"`{key}` is for runs that are scored, and an analysis is none; leave it out")
     analysis = Analysis(name, config, output_dir, typed)
     if config["plan"] and analysis.needs_a_run:

@@ -25,8 +25,9 @@ _MISSING = "???"
 
 def run(config: Mapping[str, Any], output_dir: Path, typed: str) -> int:
     """See `Command.run`: 1 if any method failed, 130 after Ctrl-C; what was done by then is written."""
-    if config["protocol"] is not None or config["evaluate_routings"] is not None:
-        given = "protocol" if config["protocol"] is not None else "evaluate_routings"
+    for given in ("protocol", "evaluate_routings", "unknown_task"):
+        if config[given] in (None, False):
+            continue
         raise ConfigError(f"`{given}` is for runs of one method, and `compare` makes one of each; leave it out")
     configs = compared_configs(config["compare"])
     if config["plan"]:

@@ -47,6 +47,7 @@ class BuiltOnce:
         for parameter, start in zip(router_parameters(model), routers, strict=True):
             parameter.data, parameter.grad = start.clone().to(parameter.device), None
         model.task_coefficients.copy_(coefficients)
+        model.task_inputs = None
         model.config = copy.deepcopy(config)
         model.config.method_options = method.options()
         set_routing(model, Routing.BATCH if method.batch_reduce else Routing.SAMPLE)

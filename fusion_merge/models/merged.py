@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,23 @@ from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedModel
 
 from fusion_merge.errors import CheckpointError, ConfigError, FusionMergeError, ModelError, nearest, reason
 from fusion_merge.models.card import model_card
-from fusion_merge.models.clip import build_tower, empty_tower, module_config, vision_backbone, vision_config
+from fusion_merge.models.clip import empty_tower, module_config, vision_backbone, vision_config
 from fusion_merge.models.clip_config import plain_config
+from fusion_merge.models.heads import TaskHeads, ZeroShotHead
+from fusion_merge.models.measuring import measure, task_model
+from fusion_merge.models.membership import Source, add_task, drop_task
 from fusion_merge.models.merged_config import MergedCLIPVisionConfig as MergedCLIPVisionConfig
 from fusion_merge.models.merged_config import check_seal
 from fusion_merge.models.merged_files import read_exactly, write_description, write_model
+from fusion_merge.models.merged_parts import chosen_dtype, install_empty_layers, refuse_unknown
 from fusion_merge.models.sources import find_files
-from fusion_merge.moe.blocks import empty_block, find_blocks
-from fusion_merge.moe.layer import moe_layers, record_coefficients, router_parameters
-from fusion_merge.moe.projection import empty_projection, find_linears, projection_layers
-from fusion_merge.moe.router import Router
+from fusion_merge.models.unknown_task import Prediction, identify, predict
+from fusion_merge.moe.layer import moe_layers, router_parameters
+from fusion_merge.moe.projection import projection_layers
 from fusion_merge.sealed import checksum
 from fusion_merge.task_vectors import shapes_of
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
-_PASSED_ALONG = ("adapter_kwargs", "trust_remote_code", "safe_serialization", "save_peft_format")
 
 
 class MergedCLIPVisionModel(PreTrainedModel):
@@ -46,17 +48,26 @@ class MergedCLIPVisionModel(PreTrainedModel):
     main_input_name = "pixel_values"
     _supports_sdpa = True
     task_coefficients: Tensor
+    task_inputs: Tensor | None
+    heads: TaskHeads | None
     _no_split_modules = ["CLIPEncoderLayer"]  # noqa: RUF012 (as transformers declares it)
 
     def __init__(self, config: MergedCLIPVisionConfig, vision_model: nn.Module | None = None) -> None:
         super().__init__(config)
         if vision_model is None:
             vision_model = CLIPVisionModel(vision_config(config.vision_config, where="the merged model"))
-            _install_empty_layers(vision_model, config)
+            install_empty_layers(vision_model, config)
         self.vision_model = vision_backbone(vision_model).requires_grad_(False)
         layers = moe_layers(self.vision_model) if config.moe else {}
         width = max((layer.num_coefficients for layer in layers.values()), default=0)
         self.register_buffer("task_coefficients", torch.zeros(len(config.tasks), len(layers), width))
+        inputs = (
+            torch.zeros(len(config.tasks), len(layers), *config.measured_inputs) if config.measured_inputs else None
+        )
+        self.register_buffer("task_inputs", inputs)
+        width = vision_config(config.vision_config, where="the merged model").hidden_size
+        self.heads = TaskHeads.empty(config.heads, width) if config.heads else None
+        self.known_directions: list[Tensor] | None = None
         if config.moe:
             for parameter in router_parameters(self.vision_model):
                 parameter.requires_grad_(True)
@@ -89,7 +100,7 @@ class MergedCLIPVisionModel(PreTrainedModel):
         backbone = vision_backbone(tower)
         linears = projection_layers(backbone)
         layers = {} if linears else moe_layers(backbone)
-        routers = {id(_inner(layer.router)) for layer in layers.values()}
+        routers = {id(layer.router.shared_part() or layer.router) for layer in layers.values()}
         config = MergedCLIPVisionConfig(
             vision_config=plain_config(module_config(tower)),
             moe={name: layer.spec() for name, layer in layers.items()},
@@ -115,7 +126,6 @@ class MergedCLIPVisionModel(PreTrainedModel):
         """
         return self.vision_model(pixel_values=pixel_values, **kwargs)
 
-    @torch.no_grad()
     def measure(self, task: str, batches: Iterable[Tensor]) -> Tensor:
         """Measure and keep the mean merging coefficients of a task's images, as they are routed now.
 
@@ -129,19 +139,8 @@ class MergedCLIPVisionModel(PreTrainedModel):
         Raises:
             ModelError: if the task was not merged, or if there is no image.
         """
-        index = self._index(task)
-        with record_coefficients(self.vision_model) as record:
-            for pixels in batches:
-                self.forward(pixels.to(self.device, self.dtype))
-        if not all(record.values()):
-            raise ModelError(f"there is no image of `{task}` to measure by; give at least one batch")
-        means = torch.stack([torch.cat(values).mean(dim=0) for values in record.values()])  # (L, K)
-        self.task_coefficients[index] = means.to(self.task_coefficients)
-        if task not in self.config.measured_tasks:
-            self.config.measured_tasks.append(task)
-        return means
+        return measure(self, task, batches)
 
-    @torch.no_grad()
     def task_model(self, task: str) -> CLIPVisionModel:
         r"""Return a plain CLIP tower for one task: the merge at that task's mean coefficients.
 
@@ -153,33 +152,112 @@ class MergedCLIPVisionModel(PreTrainedModel):
         Raises:
             ModelError: if the task was not merged, or not measured.
         """
-        index = self._index(task)
-        if task not in self.config.measured_tasks:
-            raise ModelError(f"the mean coefficients of `{task}` are not known; call `measure({task!r}, batches)`")
-        layers = moe_layers(self.vision_model)
-        state = {
-            name: tensor
-            for name, tensor in self.vision_model.state_dict().items()
-            if not name.startswith(tuple(f"{layer}." for layer in layers))
-        }
-        for position, (name, layer) in enumerate(layers.items()):
-            mean = self.task_coefficients[index, position, : layer.num_coefficients].unsqueeze(0)  # (1, K)
-            for part, linear in layer.linears().items():
-                delta = linear.experts.delta(mean.to(linear.base.weight.dtype))
-                state[f"{name}.{part}.weight"] = linear.base.weight + delta.weight[0]
-                state[f"{name}.{part}.bias"] = linear.base.bias + delta.bias[0]
-        config = vision_config(self.config.vision_config, where="the merged model")
-        tower = build_tower(config, {n: t.cpu() for n, t in state.items()}, where=f"the tower of `{task}`")
-        return tower.to(self.device, self.dtype).requires_grad_(False).eval()  # type: ignore[arg-type]
+        return task_model(self, task)
 
-    def _index(self, task: str) -> int:
-        if self.config.linears:
-            raise ModelError(
-                f"experts of `{self.config.method}` are chosen for each token: no plain tower does the same for a task"
-            )
-        if task not in self.config.tasks:
-            raise ModelError(f"`{task}` was not merged; {nearest(task, self.config.tasks)}")
-        return int(self.config.tasks.index(task))
+    def set_heads(self, heads: Mapping[str, ZeroShotHead], classnames: Mapping[str, Sequence[str]]) -> None:
+        """Give the model heads of its tasks, in place of those that it has; they are saved with it.
+
+        Args:
+            heads: a head for each of some merged tasks, or all.
+            classnames: the names of each one's classes, in the order of the head's logits.
+
+        Raises:
+            ModelError: if a task was not merged, or lacks a head or names.
+        """
+        for task in heads:
+            if task not in self.config.tasks:
+                raise ModelError(f"`{task}` was not merged; {nearest(task, self.config.tasks)}")
+        self.heads = TaskHeads(heads, classnames).to(self.device) if heads else None
+
+    def identify(self, images: Tensor, by: str = "agreement") -> Tensor:
+        r"""Return how well each image fits each merged task, the larger the better.
+
+        .. math:: s_n = -\tfrac12 (c - \bar c_n)^\top \Sigma^{-1} (c - \bar c_n) \quad\text{or}\quad
+                  s_n = -\operatorname{mean}_{l,t} \lVert x - V_n^\top V_n x \rVert^2 / \lVert x \rVert^2
+
+        `agreement`: of the image's coefficients c, the mean of each task's experts in each block, with the mean of the
+        task's images; Σ is their covariance within tasks. `projection`: of the tokens x that enter the first two routed
+        blocks, with the leading right singular vectors V of the task's experts; that needs no image of the task.
+
+        Args:
+            images: preprocessed images.
+            by: `agreement` or `projection`.
+
+        Shape:
+            (B, 3, height, width) → (B, N).
+
+        Raises:
+            ConfigError: if there is no such way.
+            ModelError: if the model routes whole batches or tokens, or was not measured on its tasks' images.
+
+        Source: projections as in MASS, arXiv 2504.05342, and SMILE, arXiv 2408.10174; both project the input of one
+        layer that was chosen on data. Agreement is ours.
+        """
+        return identify(self, images, by)
+
+    def predict(self, images: Tensor, task: str | None = None, by: str = "agreement") -> Prediction:
+        """Return the class of each image, by the head of its task, in one forward pass.
+
+        Args:
+            images: preprocessed images (B, 3, height, width).
+            task: the images' task; by default each image's is found by `identify`.
+            by: as in `identify`.
+
+        Raises:
+            ModelError: if a head is missing, or as in `identify`.
+        """
+        return predict(self, images, task, by)
+
+    def add_task(
+        self,
+        name: str,
+        model: Source,
+        images: Tensor | Iterable[Tensor],
+        *,
+        head: ZeroShotHead | None = None,
+        classnames: Sequence[str] | None = None,
+        pretrained: Source | None = None,
+        ridge: float = 1e-3,
+    ) -> None:
+        """Add a task, given only its own model and images; if that fails, nothing is changed.
+
+        Every bank gets its experts, and every router coefficients for them, by ridge regression: 1 on these images, 0
+        on the others', of which the model holds what its routers read; see `moe.refit.grown_rows`. What lies outside
+        routed blocks stays as it is unless `pretrained` is given, and then moves by λ (`init_lambda`) times the task
+        vector. The routers' last layers become new parameters.
+
+        Args:
+            name: what the task is called.
+            model: its fine-tuned tower, a module or its tensors by name; not changed.
+            images: preprocessed images of the task, one tensor or batches (B, 3, height, width); 64 are enough.
+            head: its head, if the model is to predict with it.
+            classnames: the names of the head's classes.
+            pretrained: the tower that all models were fine-tuned from.
+            ridge: how strongly routers are kept from large weights, relative to the variance of their inputs, above 0.
+
+        Raises:
+            ConfigError: if an option is out of range.
+            ModelError: if the name is taken, the tower or the images are of another shape, the routers do not end in a
+                linear layer, or the model does not hold what they read.
+        """
+        add_task(*(self, name, model, images), head=head, classnames=classnames, pretrained=pretrained, ridge=ridge)
+
+    def drop_task(self, name: str, model: Source | None = None, pretrained: Source | None = None) -> None:
+        """Take out a task's experts, coefficients and head; if that fails, nothing is changed.
+
+        What lies outside routed blocks stays as it is, unless both towers are given: then it moves back by λ
+        (`init_lambda`) times the task vector. A selection of more coefficients than are left selects all that are.
+
+        Args:
+            name: one of the merged tasks.
+            model: its fine-tuned tower.
+            pretrained: the tower that it was fine-tuned from.
+
+        Raises:
+            ConfigError: if only one of the towers is given.
+            ModelError: if the task was not merged, or is the last.
+        """
+        drop_task(self, name, model, pretrained)
 
     def own_state(self) -> dict[str, Tensor]:
         """Return every tensor of the model once: a shared router's under its first layer."""
@@ -206,10 +284,12 @@ class MergedCLIPVisionModel(PreTrainedModel):
         known = {
             k: kwargs.pop(k) for k in ("max_shard_size", "is_main_process", "push_to_hub", "repo_id") if k in kwargs
         }
-        _refuse_unknown(kwargs, f"{type(self).__name__}.save_pretrained")
+        refuse_unknown(kwargs, f"{type(self).__name__}.save_pretrained")
         folder = Path(save_directory).expanduser()
         for name, layer in moe_layers(self.vision_model).items() if self.config.moe else ():
             self.config.moe[name] = layer.spec()  # the routing may have been changed
+        self.config.measured_inputs = None if self.task_inputs is None else list(self.task_inputs.shape[2:])
+        self.config.heads = [] if self.heads is None else self.heads.spec()
         state = {name: t.detach().to("cpu").contiguous() for name, t in self.own_state().items()}
         self.config.architectures = [type(self).__name__]
         self.config.checksum = checksum(state)
@@ -265,9 +345,9 @@ class MergedCLIPVisionModel(PreTrainedModel):
         Raises:
             CheckpointError: if the files do not hold exactly the tensors of the model, or were changed since.
         """
-        dtype = _dtype(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
+        dtype = chosen_dtype(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
         hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-        _refuse_unknown(kwargs, f"{cls.__name__}.from_pretrained")
+        refuse_unknown(kwargs, f"{cls.__name__}.from_pretrained")
         source = str(pretrained_model_name_or_path)
         if Path(source).exists():
             hub_options.pop("revision", None)  # transformers passes `main` along, whatever the source
@@ -282,7 +362,7 @@ class MergedCLIPVisionModel(PreTrainedModel):
             given = isinstance(config, MergedCLIPVisionConfig) and config.overrides(files.config)
             own_config = config if given else MergedCLIPVisionConfig.from_dict(dict(files.config))
             tower = empty_tower(vision_config(own_config.vision_config, where=source))
-            _install_empty_layers(tower, own_config)
+            install_empty_layers(tower, own_config)
             model = cls(own_config, tower)
         except FusionMergeError:
             raise
@@ -299,44 +379,6 @@ class MergedCLIPVisionModel(PreTrainedModel):
             module: nn.Module = model
             module.to(dtype)
         return model.eval()
-
-
-def _dtype(*given: Any) -> torch.dtype | None:
-    """Return the dtype that was asked for, by object or by name; `auto` and None mean as it is stored."""
-    wanted = next((value for value in given if value not in (None, "auto")), None)
-    found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
-    if wanted is not None and not isinstance(found, torch.dtype):
-        raise ConfigError(f"`dtype`={wanted!r} is not a dtype; choose float32, float16, bfloat16 or auto")
-    return found
-
-
-def _refuse_unknown(options: dict[str, Any], where: str) -> None:
-    """Refuse options that are not known; what transformers passes along without a value is not one."""
-    for name, value in options.items():
-        if value is not None and not name.startswith("_") and name not in _PASSED_ALONG:
-            raise ConfigError(f"`{name}` is not an option of {where}")
-
-
-def _install_empty_layers(tower: nn.Module, config: MergedCLIPVisionConfig) -> None:
-    backbone = vision_backbone(tower)
-    blocks = find_blocks(backbone, "all") if config.moe else {}
-    plain = find_linears(backbone) if config.linears else {}
-    for name, spec in config.linears.items():
-        if name not in plain:
-            raise CheckpointError(f"the configuration routes `{name}`, which is not a linear layer of the vision tower")
-        backbone.set_submodule(name, empty_projection(spec, plain[name]))
-    shared: nn.Module | None = None
-    for name, spec in config.moe.items():
-        if name not in blocks:
-            raise CheckpointError(f"the configuration routes `{name}`, which is no MLP or attention of the tower")
-        layer = empty_block(spec, blocks[name], shared)
-        backbone.set_submodule(name, layer)
-        if config.shared_router:
-            shared = _inner(layer.router)
-
-
-def _inner(router: Router) -> nn.Module:
-    return router.shared_part() or router
 
 
 AutoConfig.register(MergedCLIPVisionConfig.model_type, MergedCLIPVisionConfig, exist_ok=True)

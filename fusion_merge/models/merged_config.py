@@ -29,6 +29,9 @@ class MergedCLIPVisionConfig(PretrainedConfig):
         base_model: where the pretrained model came from.
         models: where each task's fine-tuned model came from.
         measured_tasks: the tasks whose mean merging coefficients the model holds.
+        measured_inputs: of how many images a task, and how wide, the model holds what its routers read; None if it
+            holds none.
+        heads: what `TaskHeads.spec` returned, where the model holds heads.
         scores: the model's accuracies in 0-1 by task, where they are known.
         command: the command that made the model, if there was one.
         checksum: of all tensors, as `fusion_merge.sealed.checksum` forms it.
@@ -50,6 +53,8 @@ class MergedCLIPVisionConfig(PretrainedConfig):
         base_model: str = "",
         models: dict[str, str] | None = None,
         measured_tasks: list[str] | None = None,
+        measured_inputs: list[int] | None = None,
+        heads: list[dict[str, Any]] | None = None,
         scores: dict[str, float] | None = None,
         command: str = "",
         checksum: str = "",
@@ -66,6 +71,8 @@ class MergedCLIPVisionConfig(PretrainedConfig):
         self.base_model = base_model
         self.models = dict(models or {})
         self.measured_tasks = list(measured_tasks or [])
+        self.measured_inputs = list(measured_inputs) if measured_inputs else None
+        self.heads = [dict(head) for head in heads or ()]
         self.scores = dict(scores or {})
         self.command = command
         self.checksum = checksum

@@ -2,78 +2,21 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, final
+from collections.abc import Sequence
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from fusion_merge.errors import ConfigError
+from fusion_merge.moe.bank import Experts as Experts
+from fusion_merge.moe.bank import LinearDelta as LinearDelta
+from fusion_merge.moe.bank import appended, merged_bias, stacked, weighted_sum, without
 from fusion_merge.moe.factors import factored_linear, merged_factors
-from fusion_merge.moe.gaps import decode, encode
-from fusion_merge.moe.row_blocks import along, block_rows, lay_along, lies_along, merged_linear
+from fusion_merge.moe.row_blocks import along, block_rows, lay_along, merged_linear
+from fusion_merge.moe.sparse_experts import SparseExperts as SparseExperts
+from fusion_merge.moe.sparse_experts import sparse_spec as sparse_spec
 from fusion_merge.moe.vectors import TaskVector as TaskVector
-from fusion_merge.task_vectors import magnitude_prune
-
-
-class LinearDelta(NamedTuple):
-    """What a bank adds to a linear layer: `weight` of shape (B, O, I) and `bias` of shape (B, O)."""
-
-    weight: Tensor
-    bias: Tensor
-
-
-class Experts(nn.Module, ABC):
-    r"""What is added to one frozen linear layer.
-
-    `forward` equals applying `delta` to rounding; `delta` is the slow, obvious definition.
-
-    A bank stored with unit roundoff u (2⁻¹¹ for float16, 2⁻⁸ for bfloat16) instead of exactly moves a token's output,
-    underflow aside, by at most
-
-    .. math:: u \sum_n |g_n| \big(\lVert \tau_n \rVert \lVert x \rVert + \lVert \beta_n \rVert\big)
-              \quad\text{(dense, sparse)}, \qquad
-              (2u + u^2) \sum_k |g_k| s_k \lVert x \rVert + u |\lambda| \sum_n \lVert \beta_n \rVert
-              \quad\text{(low rank).}
-    """
-
-    num_coefficients: int
-
-    @abstractmethod
-    def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
-        """Return the output of the base layer with the experts added.
-
-        Args:
-            x: the layer's input.
-            coefficients: one row of merging coefficients a sample, or a single row for the whole batch.
-            base: the frozen linear layer.
-
-        Shape:
-            x (B, T, I), coefficients (B, K) or (1, K) → (B, T, O).
-        """
-
-    def lay_out(self, base: nn.Linear) -> None:
-        """Lay the base layer's weight in memory in the order in which `forward` reads it; its values stay.
-
-        Args:
-            base: the layer.
-        """
-
-    @abstractmethod
-    def delta(self, coefficients: Tensor) -> LinearDelta:
-        """Return what is added to the base layer's weight and bias.
-
-        Args:
-            coefficients: the merging coefficients.
-
-        Shape:
-            coefficients (B, K) → weight (B, O, I), bias (B, O).
-        """
-
-    @abstractmethod
-    def spec(self) -> dict[str, Any]:
-        """Return what `empty_experts` needs to make a bank of the same shapes, as plain JSON values."""
 
 
 @final
@@ -105,11 +48,11 @@ class DenseExperts(Experts):
         Args:
             task_vectors: N task vectors of the layer.
         """
-        return cls(*_stacked(task_vectors))
+        return cls(*stacked(task_vectors))
 
     def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
         """See `Experts.forward`."""
-        return merged_linear(x, coefficients, base.weight, _merged_bias(base, coefficients, self.bias), self.rows)
+        return merged_linear(x, coefficients, base.weight, merged_bias(base, coefficients, self.bias), self.rows)
 
     def lay_out(self, base: nn.Linear) -> None:
         """See `Experts.lay_out`: along the longer side."""
@@ -129,100 +72,20 @@ class DenseExperts(Experts):
 
     def delta(self, coefficients: Tensor) -> LinearDelta:
         """See `Experts.delta`."""
-        return _delta(coefficients, self.expand(), self.bias)
+        return weighted_sum(coefficients, self.expand(), self.bias)
+
+    def with_task(self, vector: TaskVector) -> DenseExperts:
+        """See `Experts.with_task`."""
+        weight = appended(self.weight, along(vector.weight).unsqueeze(0))  # (N + 1, L, S)
+        return DenseExperts(weight, appended(self.bias, vector.bias.unsqueeze(0)))
+
+    def without_task(self, index: int) -> DenseExperts:
+        """See `Experts.without_task`."""
+        return DenseExperts(without(self.weight, index), without(self.bias, index))
 
     def spec(self) -> dict[str, Any]:
         """See `Experts.spec`."""
         return dense_spec(self.num_coefficients)
-
-
-@final
-class SparseExperts(Experts):
-    r"""Task vectors pruned by magnitude, one coefficient each: stored compressed, computed dense.
-
-    .. math:: W = W_0 + \sum_n g_n \,(\tau_n \odot M_n), \qquad b = b_0 + \sum_n g_n \,(\beta_n \odot m_n)
-
-    Weights are kept as values and the gaps between them (see `gaps`): 5 bytes for each entry that survives instead of
-    4 for each entry, so 90 % pruning takes an eighth of the dense bank. Biases are short and kept as they are.
-
-    Args:
-        values: the entries that survive, and some zeros between them.
-        gaps: how far each is from the one before, in blocks of `block_rows` rows along the longer side: block after
-            block, within one task after task, and within that row after row.
-        starts: where each block begins in `values`, and the end.
-        bias: the pruned biases.
-        shape: the layer's (O, I).
-
-    Shape:
-        values (S,), gaps (S,) uint8, starts (blocks + 1,) int32, bias (N, O); K = N.
-
-    Source: E-WEMoE, arXiv 2410.21804. The reference stores the zeros; this bank does not.
-    """
-
-    gaps: Tensor
-    starts: Tensor
-
-    def __init__(self, values: Tensor, gaps: Tensor, starts: Tensor, bias: Tensor, shape: tuple[int, int]) -> None:
-        super().__init__()
-        self.values = nn.Parameter(values, requires_grad=False)
-        self.bias = nn.Parameter(bias, requires_grad=False)
-        self.register_buffer("gaps", gaps)
-        self.register_buffer("starts", starts)
-        self.shape = shape
-        self.num_coefficients = bias.shape[0]
-
-    @classmethod
-    def from_task_vectors(cls, task_vectors: Sequence[TaskVector], prune_ratio: float) -> SparseExperts:
-        """Prune each tensor of each task vector by itself and make the bank.
-
-        Args:
-            task_vectors: N task vectors of the layer.
-            prune_ratio: the share of each tensor to drop, in [0, 1).
-        """
-        weight, bias = _stacked(task_vectors, lambda tensor: magnitude_prune(tensor, prune_ratio))  # (N, L, S), (N, O)
-        num_tasks, length, width = weight.shape
-        height = block_rows(width)
-        blocks = torch.cat([block.flatten() for block in weight.split(height, dim=1)])  # (N·L·S,)
-        shape = (length, width) if length == bias.shape[1] else (width, length)  # (O, I)
-        return cls(*encode(blocks, num_tasks * height * width), bias, shape)
-
-    def lay_out(self, base: nn.Linear) -> None:
-        """See `Experts.lay_out`: along the longer side."""
-        lay_along(base)
-
-    def rows(self, first: int, last: int, memory: Tensor | None = None) -> Tensor:
-        """See `row_blocks.Rows`: a block is expanded when it is asked for; without memory, into its own."""
-        short = min(self.shape)
-        index = first // block_rows(short)
-        begin, end = self.starts[index : index + 2].tolist()
-        if memory is None:
-            memory = self.values.new_empty(self.num_coefficients * (last - first) * short)
-        block = memory.zero_()
-        decode(self.values.detach()[begin:end], self.gaps[begin:end], block)
-        return block.view(self.num_coefficients, last - first, short)  # (N, rows, S)
-
-    def forward(self, x: Tensor, coefficients: Tensor, base: nn.Linear) -> Tensor:
-        """See `Experts.forward`."""
-        return merged_linear(x, coefficients, base.weight, _merged_bias(base, coefficients, self.bias), self.rows)
-
-    def expand(self) -> Tensor:
-        """Return the pruned task vectors as a dense tensor, in the order of the layer.
-
-        Shape:
-            → (N, O, I).
-        """
-        length, height = max(self.shape), block_rows(min(self.shape))
-        blocks = [self.rows(first, min(first + height, length)) for first in range(0, length, height)]
-        long = torch.cat(blocks, dim=1)  # (N, L, S)
-        return long if lies_along(*self.shape) else long.mT
-
-    def delta(self, coefficients: Tensor) -> LinearDelta:
-        """See `Experts.delta`."""
-        return _delta(coefficients, self.expand(), self.bias)
-
-    def spec(self) -> dict[str, Any]:
-        """See `Experts.spec`."""
-        return sparse_spec(self.num_coefficients, self.values.numel())
 
 
 @final
@@ -289,10 +152,26 @@ class LowRankExperts(Experts):
         weight = torch.einsum("ok,bk,ki->boi", left, coefficients, right)  # (B, O, I)
         return LinearDelta(weight, self._bias_delta().to(weight.dtype).expand(coefficients.shape[0], -1))  # (B, O)
 
+    @property
+    def rank(self) -> int:
+        """R, the experts of each task."""
+        return self.num_coefficients // self.bias.shape[0]
+
+    def with_task(self, vector: TaskVector) -> LowRankExperts:
+        """See `Experts.with_task`: decomposed to the rank of the others."""
+        left, right = vector.truncated_svd(self.rank)  # (O, R), (R, I)
+        bias = appended(self.bias, vector.bias.unsqueeze(0))  # (N + 1, O)
+        return LowRankExperts(appended(self.left, left, 1), appended(self.right, right), bias, self.bias_scaling)
+
+    def without_task(self, index: int) -> LowRankExperts:
+        """See `Experts.without_task`."""
+        first, rank = index * self.rank, self.rank
+        left, right = without(self.left, first, rank, 1), without(self.right, first, rank)
+        return LowRankExperts(left, right, without(self.bias, index), self.bias_scaling)
+
     def spec(self) -> dict[str, Any]:
         """See `Experts.spec`."""
-        num_tasks = self.bias.shape[0]
-        return low_rank_spec(num_tasks, self.num_coefficients // num_tasks, self.bias_scaling)
+        return low_rank_spec(self.bias.shape[0], self.rank, self.bias_scaling)
 
     def _bias_delta(self) -> Tensor:
         exact = torch.promote_types(self.bias.dtype, torch.float32)
@@ -306,17 +185,6 @@ def dense_spec(num_tasks: int) -> dict[str, Any]:
         num_tasks: N.
     """
     return {"kind": "dense", "num_tasks": num_tasks}
-
-
-def sparse_spec(num_tasks: int, num_values: int) -> dict[str, Any]:
-    """Return the spec of a sparse bank.
-
-    Args:
-        num_tasks: N.
-        num_values: S, the entries that are stored: those of all N weights that survive (`num_survivors` says how many
-            in one), and some zeros between them.
-    """
-    return {"kind": "sparse", "num_tasks": num_tasks, "num_values": num_values}
 
 
 def low_rank_spec(num_tasks: int, rank: int, bias_scaling: float) -> dict[str, Any]:
@@ -355,29 +223,3 @@ def empty_experts(spec: dict[str, Any], in_features: int, out_features: int) -> 
         left, right = torch.zeros(out_features, size), torch.zeros(size, in_features)
         return LowRankExperts(left, right, bias, spec["bias_scaling"])
     raise ConfigError(f"expert bank of kind `{kind}` is unknown; known are dense, sparse and low_rank")
-
-
-def _stacked(
-    task_vectors: Sequence[TaskVector], change: Callable[[Tensor], Tensor] = lambda tensor: tensor
-) -> tuple[Tensor, Tensor]:
-    """Return all weights along the longer side (N, L, S) and all biases (N, O), each changed first by itself."""
-    weights: Tensor | None = None
-    biases = []
-    for index, vector in enumerate(task_vectors):  # one at a time: they may be read as they are asked for
-        long = along(change(vector.weight))  # (L, S)
-        if weights is None:
-            weights = long.new_empty(len(task_vectors), *long.shape)
-        weights[index] = long
-        biases.append(change(vector.bias))
-    if weights is None:
-        raise ConfigError("an expert bank needs at least one task vector")
-    return weights, torch.stack(biases)
-
-
-def _merged_bias(base: nn.Linear, coefficients: Tensor, bias: Tensor) -> Tensor:
-    return torch.addmm(base.bias.unsqueeze(0), coefficients, bias.to(coefficients.dtype))  # (B, O) or (1, O)
-
-
-def _delta(coefficients: Tensor, weight: Tensor, bias: Tensor) -> LinearDelta:
-    weight, bias = weight.to(coefficients.dtype), bias.to(coefficients.dtype)
-    return LinearDelta(torch.einsum("bn,noi->boi", coefficients, weight), coefficients @ bias)

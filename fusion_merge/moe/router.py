@@ -75,11 +75,15 @@ class LinearRouter(Router):
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """See `Router.pooled`: of a linear map, the mean of the outputs is the output of the mean."""
-        return exact_linear(self.out, mean_over_tokens(tokens))  # (B, K)
+        return exact_linear(self.out, self.last_inputs(tokens))  # (B, K)
 
-    def readout(self, tokens: Tensor) -> tuple[Tensor, nn.Linear]:
-        """See `Router.readout`: the mean token."""
-        return mean_over_tokens(tokens), self.out  # (B, D)
+    def last_layer(self) -> nn.Linear:
+        """See `Router.last_layer`."""
+        return self.out
+
+    def last_inputs(self, tokens: Tensor) -> Tensor:
+        """See `Router.last_inputs`: the mean token."""
+        return mean_over_tokens(tokens)  # (B, D)
 
     def spec(self) -> dict[str, Any]:
         """See `Router.spec`."""
@@ -122,12 +126,15 @@ class MLPRouter(Router):
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """See `Router.pooled`: the last layer is linear, and sees the mean of its inputs."""
-        features, out = self.readout(tokens)
-        return exact_linear(out, features)  # (B, K)
+        return exact_linear(self.out, self.last_inputs(tokens))  # (B, K)
 
-    def readout(self, tokens: Tensor) -> tuple[Tensor, nn.Linear]:
-        """See `Router.readout`: the mean of what the tokens excite between the two layers."""
-        return mean_over_tokens(torch.relu(self.inner(tokens))), self.out  # (B, hidden)
+    def last_layer(self) -> nn.Linear:
+        """See `Router.last_layer`."""
+        return self.out
+
+    def last_inputs(self, tokens: Tensor) -> Tensor:
+        """See `Router.last_inputs`: the mean of what the tokens excite between the two layers."""
+        return mean_over_tokens(torch.relu(self.inner(tokens)))  # (B, hidden)
 
     def spec(self) -> dict[str, Any]:
         """See `Router.spec`."""
@@ -177,6 +184,14 @@ class LayerEncodedRouter(Router):
     def pooled(self, tokens: Tensor) -> Tensor:
         """See `Router.pooled`."""
         return self.shared.pooled(self._with_code(tokens))  # (B, K)
+
+    def last_layer(self) -> nn.Linear | None:
+        """See `Router.last_layer`: the shared router's."""
+        return self.shared.last_layer()
+
+    def last_inputs(self, tokens: Tensor) -> Tensor:
+        """See `Router.last_inputs`."""
+        return self.shared.last_inputs(self._with_code(tokens))
 
     def _with_code(self, tokens: Tensor) -> Tensor:
         code = self.code.to(tokens).expand(*tokens.shape[:2], -1)  # (B, T, p)

@@ -42,11 +42,18 @@ class Router(nn.Module, ABC):
         """
         return mean_over_tokens(self(tokens))
 
-    def readout(self, tokens: Tensor) -> tuple[Tensor, nn.Linear]:
-        """Return what the last linear layer reads of each sample, and that layer: `pooled` is its output.
+    def last_layer(self) -> nn.Linear | None:
+        """Return the layer whose rows are the experts', one a coefficient; None where a router ends in no such layer.
+
+        `pooled` is its output for `last_inputs`.
+        """
+        return None
+
+    def last_inputs(self, tokens: Tensor) -> Tensor:
+        """Return what the last layer reads of each sample, in float32 at least.
 
         Args:
-            tokens: the input of the MLP.
+            tokens: the block's input.
 
         Shape:
             (B, T, D) → (B, F).
@@ -54,7 +61,7 @@ class Router(nn.Module, ABC):
         Raises:
             ConfigError: if this kind of router has no such layer.
         """
-        raise ConfigError(f"`{type(self).__name__}` does not end in a linear layer of its own that could be solved for")
+        raise ConfigError(f"a `{type(self).__name__}` has no linear layer at its end that reads the block's input")
 
     @abstractmethod
     def spec(self) -> dict[str, Any]:

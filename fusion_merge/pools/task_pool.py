@@ -53,7 +53,7 @@ from fusion_merge.processes import together
 
 log = logging.getLogger(__name__)
 
-RESERVED = ("average", "averages", "baselines", "evaluation", "model_info", "routings", "run")
+RESERVED = ("average", "averages", "baselines", "evaluation", "model_info", "routings", "run", "unknown_task")
 """Names that a report uses for itself: no task may have them."""
 
 

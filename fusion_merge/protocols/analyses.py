@@ -95,7 +95,7 @@ class Analysis:
         self.name, self.output_dir, self.command = name, output_dir, command
         self.config: Mapping[str, Any] = {
             **config,
-            **dict.fromkeys(("protocol", "report_save_path", "evaluate_routings")),
+            **dict.fromkeys(("protocol", "report_save_path", "evaluate_routings", "unknown_task")),
             "baselines": [],
         }
         self.saved: str | None = config["analyse"]["model"]

@@ -93,7 +93,8 @@ class Comparison:
 
     def _own(self, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the configuration of one method's run: models are saved and baselines scored here, once for all."""
-        none = dict.fromkeys(("protocol", "report_save_path", "merged_model_save_path", "evaluate_routings"))
+        elsewhere = ("protocol", "report_save_path", "merged_model_save_path", "evaluate_routings", "unknown_task")
+        none = dict.fromkeys(elsewhere)
         return {**config, **none, "baselines": [], "output_dir": str(self._folder(name))}
 
     @property

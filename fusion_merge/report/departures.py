@@ -10,6 +10,7 @@ from typing import Any
 
 _NO_MATTER = {
     *("command", "seed", "dry_run", "plan", "protocol", "print_config", "baselines", "evaluate_routings"),
+    "unknown_task",
     *("output_dir", "report_save_path", "merged_model_save_path", "fabric.accelerator", "fabric.strategy"),
     *("method.name", "method.seed", "method.num_workers", "method.svd_accelerator", "method.use_grad_accumulate"),
     *("method.save_checkpoint", "method.cache_dir", "method.save_every", "method.resume"),

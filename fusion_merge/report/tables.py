@@ -14,14 +14,17 @@ Column = Mapping[str, Any]
 
 
 def columns_of(report: Mapping[str, Any]) -> dict[str, Column]:
-    """Return what a report has scores of, by title: the baselines, the method, and the method under other routings.
+    """Return what a report has scores of, by title.
+
+    These are the baselines, the method, the method under other routings, and where it is not told the tasks.
 
     Args:
         report: a whole report, with its `run` and `baselines` parts.
     """
     method = report["run"]["method"]
-    columns = {**{n.replace("_", " "): r for n, r in report["baselines"].items()}, method: report}
-    return columns | {f"{method} ({n} routing)": r for n, r in report.get("routings", {}).items()}
+    columns: dict[str, Column] = {**{n.replace("_", " "): r for n, r in report["baselines"].items()}, method: report}
+    columns |= {f"{method} ({n} routing)": r for n, r in report.get("routings", {}).items()}
+    return columns | ({f"{method} (unknown task)": report["unknown_task"]} if "unknown_task" in report else {})
 
 
 def accuracy_table(
@@ -54,7 +57,8 @@ def average(column: Column, tasks: Sequence[str]) -> dict[str, float] | None:
     """
     if any(task not in column for task in tasks):
         return None
-    return {key: sum(column[task][key] for task in tasks) / len(tasks) for key in ("accuracy", "loss")}
+    keys = [key for key in ("accuracy", "loss") if all(key in column[task] for task in tasks)]
+    return {key: sum(column[task][key] for task in tasks) / len(tasks) for key in keys}
 
 
 def percent(score: Mapping[str, float] | None) -> str:
@@ -90,6 +94,13 @@ def written_report(report: Mapping[str, Any], table: str, pictures: Sequence[str
     lines = [f"# {run['method']}", "", f"    {run['command']}", ""]
     if table:
         lines += ["Accuracy in percent.", "", table, ""]
+    if "unknown_task" in report:
+        found = report["unknown_task"]
+        lines += [
+            f"Where the task is unknown, the model finds it by {found['by']}, for "
+            f"{100 * found['average']['task_accuracy']:.1f} % of the images; a class counts only if its task is right.",
+            "",
+        ]
     for task, score in report.items():
         if isinstance(score, dict) and score.get("skipped"):
             lines += [f"`{task}`: {score['skipped']} bad images are left out of the scores.", ""]

@@ -156,7 +156,7 @@ def test_starts_that_do_not_go_with_a_router_are_refused(modelpool, images):
     with pytest.raises(ConfigError, match="`router_start`=ridge needs routers with an input"):
         WEMoEAlgorithm(router_start="ridge", router_hidden_layers=0)
     model = WEMoEAlgorithm(max_steps=0, router_hidden_layers=0).run(modelpool)
-    with pytest.raises(ConfigError, match="`ConstantRouter` does not end in a linear layer"):
+    with pytest.raises(ConfigError, match="a `ConstantRouter` has no linear layer at its end"):
         ridge_start(model, images)
     with pytest.raises(AdaptationError, match="cannot start a `ConstantRouter`"):
         projection_start(model, 2)
@@ -169,6 +169,6 @@ def test_images_of_all_tasks_in_one_batch_cannot_share_one_weight():
 
 def test_a_linear_router_reads_the_mean_token():
     router, tokens = LinearRouter(6, 3), torch.randn(2, 4, 6)
-    features, out = router.readout(tokens)
+    features, out = router.last_inputs(tokens), router.last_layer()
     torch.testing.assert_close(features, tokens.mean(dim=1))
     torch.testing.assert_close(out(features), router.pooled(tokens))

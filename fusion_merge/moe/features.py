@@ -1,0 +1,109 @@
+"""What the last, linear layer of a router reads: the one thing that its coefficients depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusion_merge.moe.layer import RoutedBlock, moe_layers
+from fusion_merge.moe.router import Router
+
+
+def inner_router(router: Router) -> Router:
+    """Return the router whose coefficients these are: of one that is shared and sees its layer, the shared one.
+
+    Args:
+        router: any router.
+    """
+    part = router.shared_part()
+    return part if isinstance(part, Router) else router
+
+
+def last_inputs(router: Router, tokens: Tensor) -> Tensor:
+    r"""Return what a router's last layer reads of each sample, and a one for its bias.
+
+    .. math:: h = \big[\operatorname{mean}_t \phi(x_t); 1\big], \qquad g = [A\; a]\, h
+
+    with φ what comes before that layer: nothing in a linear router.
+
+    Args:
+        router: one that has a `last_layer`.
+        tokens: the block's input.
+
+    Shape:
+        (B, T, D) → (B, F + 1), in float32 at least.
+
+    Raises:
+        ConfigError: if the router has no such layer.
+    """
+    means = router.last_inputs(tokens)  # (B, F)
+    return torch.cat([means, means.new_ones(len(means), 1)], dim=1)  # (B, F + 1)
+
+
+@contextmanager
+def record_inputs(blocks: dict[str, RoutedBlock]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect the inputs of blocks while the context lasts.
+
+    Args:
+        blocks: the blocks by name.
+
+    Yields:
+        For each block, one tensor (B, T, D) a forward pass.
+    """
+    record: dict[str, list[Tensor]] = {name: [] for name in blocks}
+    with _hooked(blocks, lambda name, _block, tokens: record[name].append(tokens)):
+        yield record
+
+
+@contextmanager
+def record_last_inputs(blocks: dict[str, RoutedBlock]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect what the last layers of blocks' routers read while the context lasts.
+
+    Args:
+        blocks: blocks by name, whose routers all have a `last_layer`.
+
+    Yields:
+        For each block, one tensor (B, F + 1) a forward pass, on the CPU.
+    """
+    record: dict[str, list[Tensor]] = {name: [] for name in blocks}
+
+    def keep(name: str, block: RoutedBlock, tokens: Tensor) -> None:
+        record[name].append(last_inputs(block.router, tokens).detach().cpu())
+
+    with _hooked(blocks, keep):
+        yield record
+
+
+@contextmanager
+def _hooked(blocks: dict[str, RoutedBlock], keep: Any) -> Iterator[None]:
+    handles = []
+    for name, block in blocks.items():
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+            keep(name, module, args[0] if args else kwargs["hidden_states"])
+
+        handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def blocks_by_router(model: nn.Module) -> list[dict[str, RoutedBlock]]:
+    """Return the routed blocks of a model in forward order, those that share a router together.
+
+    Args:
+        model: a model with at least one routed block.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    groups: dict[int, dict[str, RoutedBlock]] = {}
+    for name, block in moe_layers(model).items():
+        groups.setdefault(id(inner_router(block.router)), {})[name] = block
+    return list(groups.values())
