@@ -8,7 +8,7 @@ from helpers import BANKS, make_bank, random_task_vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion_merge.errors import ConfigError
+from fusion_merge.errors import ConfigError, ModelError
 from fusion_merge.moe import ConstantRouter, LayerEncodedRouter, LinearRouter, MLPRouter
 from fusion_merge.moe.features import last_inputs
 from fusion_merge.moe.refit import grown_rows, moments, resized, rows_of, shrunk_rows
