@@ -77,7 +77,7 @@ def measured(row: str, pool: str, seed: int) -> dict[str, Any]:
         report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
     scores = report["baselines"]["fine_tuned"] if row == "fine-tuned" else report
     tasks = [task for task, entry in scores.items() if isinstance(entry, dict) and "accuracy" in entry]
-    about = report.get("adaptation") or {}
+    about = report["run"].get("adaptation") or {}
     return {
         **{"row": row, "pool": pool, "seed": seed, "arguments": arguments},
         "accuracy": {task: 100 * scores[task]["accuracy"] for task in tasks if task != "average"},
