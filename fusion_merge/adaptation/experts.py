@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import final
 
 import torch
@@ -29,7 +30,8 @@ class ExpertLogits:
         load: gives the expert, a vision tower.
         head: the task's head.
         images: the task's images; the next good one takes the place of a bad one that is left out, as in adaptation.
-        positions: those that will be asked for by this process.
+        order: the positions that this process asks for, step after step from the first, without end.
+        needed: which of them will be asked for, from one place to another.
         fabric: where to compute.
         workers: how many worker processes read images.
     """
@@ -39,13 +41,14 @@ class ExpertLogits:
         load: Callable[[], nn.Module],
         head: nn.Module,
         images: TaskImages,
-        positions: Iterable[int],
+        order: Iterable[int],
+        needed: range,
         *,
         fabric: Fabric,
         workers: int = 0,
     ) -> None:
         self._load, self._head, self._images = load, head, images
-        self._positions = sorted(set(positions))
+        self._batches = _batches(order, needed, len(images))
         self._fabric, self._workers = fabric, workers
         self._rows: dict[int, int] = {}
         self._logits: Tensor | None = None
@@ -77,8 +80,8 @@ class ExpertLogits:
         """
         if self._logits is not None:
             return
-        batches = [self._positions[i : i + _BATCH] for i in range(0, len(self._positions), _BATCH)]
-        loader = ImageLoader(self._images, batches, replace=True, num_workers=min(self._workers, len(batches)))
+        workers = min(self._workers, len(self._batches))
+        loader = ImageLoader(self._images, self._batches, replace=True, num_workers=workers)
         expert = self._fabric.to_device(self._load()).eval()
         head = self._fabric.to_device(self._head)
         quiet = None if self._fabric.is_global_zero else True
@@ -86,7 +89,26 @@ class ExpertLogits:
         with tqdm(loader, desc=f"asking the expert of {self._images.task.name}", unit="batch", disable=quiet) as bar:
             for pixels, _ in bar:
                 with self._fabric.autocast():
-                    logits = head(pooled_output(expert(pixel_values=self._fabric.to_device(pixels))))
-                found.append(logits.float().cpu())
-        self._rows = {position: row for row, position in enumerate(self._positions)}
-        self._logits = torch.cat(found)  # (images, C)
+                    pooled = pooled_output(expert(pixel_values=self._fabric.to_device(pixels)))
+                found.append(head(pooled).float().cpu())
+        self._rows = {position: row for row, position in enumerate(chain.from_iterable(self._batches))}
+        self._logits = torch.cat(found) if found else torch.zeros(0, 0)  # (images, C)
+
+
+def _batches(order: Iterable[int], needed: range, count: int) -> list[list[int]]:
+    """Return the batches that an expert looks at, of those images that are needed.
+
+    Images stand in the order in which they are first asked for, whatever part of it is needed: what stands in a batch,
+    and so the last bits of its logits, is the same wherever an adaptation was taken up, and wherever it is to end.
+    """
+    first: dict[int, None] = {}
+    wanted: set[int] = set()
+    for place, position in enumerate(order):
+        if place >= needed.stop and (len(first) % _BATCH == 0 or len(first) == count):
+            break
+        first.setdefault(position)
+        if place in needed:
+            wanted.add(position)
+    places = list(first)
+    batches = [places[i : i + _BATCH] for i in range(0, len(places), _BATCH)]
+    return [batch for batch in batches if wanted.intersection(batch)]

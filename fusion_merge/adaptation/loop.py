@@ -130,7 +130,7 @@ def adapt(
     num_classes = {name: stream.num_classes for name, stream in streams.items()}
     guard = CollapseGuard(num_classes)
     asked = all(stream.expert is not None for stream in streams.values())
-    rescue = not getattr(objective, "needs_experts", False) and asked
+    rescue = asked and not getattr(objective, "asks_experts_alone", False)
     keeper = RollbackGuard(num_classes, parameters, patience=patience, may_ask_experts=rescue) if rollback else None
     _leave_frozen_tensors_alone(model)
     wrapped, optim = fabric.setup(model, make_optimizer(optimizer, parameters, lr, weight_decay))
@@ -162,7 +162,8 @@ def adapt(
                 update.take(step)
                 metrics = _take_down(record, guard, seen)
                 if keeper is not None:
-                    keeper.update(step, seen.means, seen.agreement, update.before, optim)
+                    if keeper.update(step, seen.means, seen.agreement, update.before, optim, seen.images):
+                        update.before = [p.detach().clone() for p in parameters]
                     record.interventions, record.stopped = keeper.interventions, keeper.stopped
                 _tell(bar, measure, metrics[f"{measure}/mean"], record.steps, max_steps, fabric)
                 record.seconds = time.perf_counter() - start

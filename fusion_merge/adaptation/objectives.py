@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fusion_merge.errors import AdaptationError, ConfigError, nearest
 
+_NOTHING = -80.0  # the logarithm of a probability that adds nothing to a sum
+
 
 def entropy(logits: Tensor) -> Tensor:
     r"""Return the Shannon entropy of each prediction, in nats.
@@ -58,7 +60,8 @@ def tsallis_entropy(logits: Tensor, order: float) -> Tensor:
     """
     if order == 1.0:
         return entropy(logits)
-    return (1 - (order * _log_softmax(logits)).exp().sum(dim=-1)) / (order - 1)  # (B,)
+    log_p = _log_softmax(logits).clamp_min(_NOTHING)  # (B, C)
+    return -(log_p.exp() * torch.expm1((order - 1) * log_p)).sum(dim=-1) / (order - 1)  # exact near order 1 too
 
 
 def marginal_entropy(logits: Tensor) -> Tensor:
@@ -127,6 +130,11 @@ class Objective:
     def needs_experts(self) -> bool:
         """Whether the expert's logits are needed."""
         return any(name == "expert_labels" for name, _ in self.terms)
+
+    @property
+    def asks_experts_alone(self) -> bool:
+        """Whether it is made of experts' labels and nothing else."""
+        return all(name == "expert_labels" for name, _ in self.terms)
 
     @property
     def measure(self) -> str:

@@ -34,7 +34,7 @@ class LearningRate:
     Args:
         highest: η, above 0.
         schedule: one of `SCHEDULES`.
-        warmup_steps: w; 0 is none.
+        warmup_steps: w, at most T; 0 is none.
         max_steps: T.
     """
 
@@ -49,7 +49,8 @@ class LearningRate:
         Args:
             step: t, from 0.
         """
-        rising = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        warmup = min(self.warmup_steps, self.max_steps)
+        rising = min(1.0, (step + 1) / warmup) if warmup else 1.0
         falling = 0.5 * (1 + math.cos(math.pi * step / self.max_steps)) if self.schedule == "cosine" else 1.0
         return self.highest * rising * falling
 

@@ -41,12 +41,14 @@ class Seen(NamedTuple):
         predictions: each task's predicted classes, (B,).
         means: each task's mean prediction, (C,).
         agreement: the share of a task's predictions that are its expert's, in 0-1, where that was looked at.
+        images: of each task.
     """
 
     losses: dict[str, float]
     predictions: dict[str, Tensor]
     means: dict[str, Tensor]
     agreement: dict[str, float]
+    images: int
 
 
 @final
@@ -126,7 +128,7 @@ class Passes:
 
     def _loss(self, name: str, scores: Tensor, expert: Tensor | None) -> Tensor:
         if expert is not None and self._rescued(name):
-            return expert_labels(scores, expert, 1.0)
+            return expert_labels(scores, expert, float(getattr(self._objective, "temperature", 1.0)))
         loss: Tensor = self._objective(scores, expert) if self._asks else self._objective(scores)
         return loss
 
@@ -135,10 +137,12 @@ class Passes:
         choices = {name: scores.argmax(dim=-1) for name, scores in logits.items()}
         predictions = {name: gathered(self._fabric, chosen) for name, chosen in choices.items()}
         if self._keeper is None:
-            return Seen(dict(zip(logits, values, strict=True)), predictions, {}, {})
+            return Seen(dict(zip(logits, values, strict=True)), predictions, {}, {}, 0)
         means = {name: averaged(self._fabric, s.float().softmax(dim=-1).mean(dim=0)) for name, s in logits.items()}
         agreement = {
             name: averaged(self._fabric, (choices[name] == expert.argmax(dim=-1)).float().mean()).item()
             for name, expert in experts.items()
         }
-        return Seen(dict(zip(logits, values, strict=True)), predictions, means, agreement)
+        return Seen(
+            dict(zip(logits, values, strict=True)), predictions, means, agreement, len(next(iter(predictions.values())))
+        )

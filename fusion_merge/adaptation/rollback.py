@@ -14,9 +14,10 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 _DECAY = 0.9  # of running means: about the last ten steps
-_WARM = 5  # steps before a running mean is judged
-_BETTER = 1e-3  # what a score must rise by to be a better one
+_WARM = 10  # steps before a running mean is judged
+_BETTER = 1e-3  # what the mean of all tasks must rise by to be better
 _TEMPERED = 0.25  # what the weight of a task's loss is multiplied by
+_AGREEMENT, _ENTROPY = "agreement", "marginal entropy"
 _OFTEN = 3  # times that a task may be taken back
 _ACTIONS = {
     "expert labels": "its loss is the cross-entropy to its expert's labels from now on",
@@ -34,7 +35,7 @@ class Intervention:
         task: which one.
         measure: what fell: `agreement` with its expert, or the `marginal entropy` over its largest possible value.
         score: that, in 0-1, as the running mean then was.
-        best: the best it was.
+        best: the best that it surely was.
         back_to: the step whose parameters were put back.
         action: what became of the loss: `expert labels` instead of the objective, `expert labels for all` tasks, or
             `tempered`.
@@ -50,13 +51,34 @@ class Intervention:
 
 
 @dataclass
+class _Score:
+    """A running mean of one measure of a task, and the best it surely was.
+
+    Attributes:
+        value: the mean, in 0-1.
+        noise: the variance of the mean beside that of one image: how much of the noise is left.
+        best: the largest lower bound so far.
+        first: the first lower bound.
+    """
+
+    value: float = 0.0
+    noise: float = 1.0
+    best: float = -math.inf
+    first: float | None = None
+
+    def margin(self, images: int) -> float:
+        """Return three standard deviations of the mean, of so many images a step."""
+        spread = max(self.value * (1 - self.value), 0.05)  # a share of images; that of none or all is not sure either
+        return 3 * math.sqrt(spread * self.noise / max(1, images))
+
+
+@dataclass
 class _Watched:
     """What is known of one task."""
 
     seen: int = 0
     mean: list[float] = field(default_factory=list)
-    agreement: float | None = None
-    best: float = -math.inf
+    scores: dict[str, _Score] = field(default_factory=dict)
     best_step: int = -1
     weight: float = 1.0
     by_expert: bool = False
@@ -67,21 +89,23 @@ class _Watched:
 class RollbackGuard:
     r"""Watches each task's predictions, and puts better parameters back when a task degrades.
 
-    The score of a task is a running mean over steps: of the share of predictions that agree with its own expert's,
-    where there is one, or else of the entropy of its mean prediction,
+    Two measures of a task are followed, as running means over about ten steps: the share of predictions that agree with
+    its own expert's, where there is one, and the entropy of its mean prediction,
 
     .. math:: s = \frac{H(\bar p)}{\log C}, \qquad \bar p \leftarrow 0.9\, \bar p + 0.1\, \tfrac1B \sum_i p_i .
 
-    A task whose score falls more than `margin` below its best has the parameters put back that were best for it, the
-    optimiser forgets its moments, and the task's loss becomes the cross-entropy to its expert's labels; the second
-    time that of every task does. Without experts its loss counts a quarter of what it did. Adaptation ends early when
-    a task was taken back three times, or when the mean score has not risen for `patience` steps.
+    A task degrades when a measure is surely more than `margin` below the best that it surely was, with three standard
+    deviations of its noise on both sides; a fall of the entropy does not count while the agreement is above where it
+    began. The parameters that were best for the task are put back, the optimiser forgets its moments, and the task's
+    loss becomes the cross-entropy to its expert's labels; the second time that of every task does. Without experts its
+    loss counts a quarter of what it did. Adaptation ends early when a task was taken back three times, or when the mean
+    over tasks has not risen for `patience` steps; it ends with the parameters that were best on average.
 
     Args:
         num_classes: for each task, the number of classes, C.
         parameters: what is adapted.
-        margin: how far a score may fall, above 0.
-        patience: steps without a better mean score after which adaptation ends; 0 never ends it.
+        margin: how far a measure may fall beside its noise, above 0.
+        patience: steps without a better mean after which adaptation ends; 0 never ends it.
         may_ask_experts: whether a task's loss can become the cross-entropy to its expert's labels.
     """
 
@@ -90,7 +114,7 @@ class RollbackGuard:
         num_classes: Mapping[str, int],
         parameters: list[nn.Parameter],
         *,
-        margin: float = 0.15,
+        margin: float = 0.05,
         patience: int = 0,
         may_ask_experts: bool = False,
     ) -> None:
@@ -129,7 +153,8 @@ class RollbackGuard:
         agreement: Mapping[str, float],
         before: list[Tensor],
         optimizer: torch.optim.Optimizer,
-    ) -> None:
+        images: int,
+    ) -> bool:
         """Take in one step's predictions, and act where a task has degraded.
 
         Args:
@@ -138,54 +163,77 @@ class RollbackGuard:
             agreement: the share of a task's predictions that are its expert's, in 0-1, where that is known.
             before: the parameters that the predictions were made with.
             optimizer: what trains them.
-        """
-        scores = {}
-        for task, mean in means.items():
-            score = self._take_in(task, mean, agreement.get(task))
-            if score is not None:
-                scores[task] = score
-                self._remember(task, score, step, before)
-        self._forget_unneeded()
-        fallen = {task: score for task, score in scores.items() if score < self._tasks[task].best - self.margin}
-        if fallen:
-            self._take_back(min(fallen, key=lambda task: fallen[task] - self._tasks[task].best), fallen, step)
-            optimizer.state.clear()
-        elif len(scores) == len(self._tasks):
-            self._consider_ending(sum(scores.values()) / len(scores), step)
+            images: of each task, in all processes.
 
-    def _take_in(self, task: str, mean: Tensor, agreement: float | None) -> float | None:
-        """Update a task's running means; return its score, once it can be judged."""
+        Returns:
+            Whether other parameters were put back.
+        """
+        for task, mean in means.items():
+            self._take_in(task, mean, agreement.get(task))
+            self._remember(task, step, before, images)
+        judged = [task for task, watched in self._tasks.items() if watched.seen >= _WARM]
+        fallen = [(*found, task) for task in judged if (found := self._fall(task, images)) is not None]
+        if fallen:
+            _, measure, task = max(fallen)
+            self._take_back(task, measure, step)
+            optimizer.state.clear()
+        elif len(judged) == len(self._tasks):
+            self._consider_ending(step, before)
+        if self.stopped is not None and self._best_mean_step in self._states:
+            self._put_back(self._best_mean_step)
+        self._forget_unneeded()
+        return bool(fallen) or self.stopped is not None
+
+    def _take_in(self, task: str, mean: Tensor, agreement: float | None) -> None:
+        """Update a task's running means."""
         watched = self._tasks[task]
         share = max(1 - _DECAY, 1 / (watched.seen + 1))
-        old = torch.tensor(watched.mean, dtype=torch.float64) if watched.mean else mean.double().cpu()
-        watched.mean = ((1 - share) * old + share * mean.double().cpu()).tolist()
+        new = mean.cpu().double()
+        old = torch.tensor(watched.mean, dtype=torch.float64) if watched.mean else new
+        watched.mean = ((1 - share) * old + share * new).tolist()
+        entropy = -sum(p * math.log(p) for p in watched.mean if p > 0) / math.log(max(2, self._classes[task]))
+        scores = watched.scores
+        scores.setdefault(_ENTROPY, _Score()).value = min(1.0, entropy)
         if agreement is not None:
-            known = watched.agreement if watched.agreement is not None else agreement
-            watched.agreement = (1 - share) * known + share * agreement
+            score = scores.setdefault(_AGREEMENT, _Score())
+            score.value = (1 - share) * score.value + share * agreement
+        for score in scores.values():
+            score.noise = (1 - share) ** 2 * score.noise + share**2 if watched.seen else 1.0
         watched.seen += 1
-        return self._score(task) if watched.seen >= _WARM else None
 
-    def _score(self, task: str) -> float:
+    def _remember(self, task: str, step: int, before: list[Tensor], images: int) -> None:
         watched = self._tasks[task]
-        if watched.agreement is not None:
-            return watched.agreement
-        entropy = -sum(p * math.log(p) for p in watched.mean if p > 0)
-        return entropy / math.log(max(2, self._classes[task]))
+        for measure, score in watched.scores.items():
+            low = score.value - score.margin(images)
+            if watched.seen < _WARM or low <= score.best:
+                continue
+            score.best, score.first = low, low if score.first is None else score.first
+            if measure == (_AGREEMENT if _AGREEMENT in watched.scores else _ENTROPY):
+                watched.best_step = step
+                self._states[step] = before
 
-    def _remember(self, task: str, score: float, step: int, before: list[Tensor]) -> None:
-        watched = self._tasks[task]
-        if score > watched.best + _BETTER:
-            watched.best, watched.best_step = score, step
-            self._states[step] = before
+    def _fall(self, task: str, images: int) -> tuple[float, str] | None:
+        """Return how far a measure of a task surely fell, and which; None if none did too far."""
+        scores = self._tasks[task].scores
+        falls = {m: s.best - s.value - s.margin(images) for m, s in scores.items() if s.best > -math.inf}
+        known = scores.get(_AGREEMENT)
+        if known is not None and known.first is not None and known.value > known.first + known.margin(images):
+            falls.pop(_ENTROPY, None)
+        worst = max(((fall, measure) for measure, fall in falls.items()), default=None)
+        return worst if worst is not None and worst[0] > self.margin else None
 
     def _forget_unneeded(self) -> None:
-        needed = {watched.best_step for watched in self._tasks.values()}
+        needed = {watched.best_step for watched in self._tasks.values()} | {self._best_mean_step}
         self._states = {step: state for step, state in self._states.items() if step in needed}
 
-    def _take_back(self, task: str, fallen: Mapping[str, float], step: int) -> None:
-        watched = self._tasks[task]
-        for parameter, value in zip(self._parameters, self._states[watched.best_step], strict=True):
+    def _put_back(self, step: int) -> None:
+        for parameter, value in zip(self._parameters, self._states[step], strict=True):
             parameter.data.copy_(value)
+
+    def _take_back(self, task: str, measure: str, step: int) -> None:
+        watched = self._tasks[task]
+        score = watched.scores[measure]
+        self._put_back(watched.best_step)
         watched.times += 1
         if self.may_ask_experts and not watched.by_expert:
             watched.by_expert, action = True, "expert labels"
@@ -195,21 +243,26 @@ class RollbackGuard:
                 other.by_expert = True
         else:
             watched.weight, action = watched.weight * _TEMPERED, "tempered"
-        measure = "agreement" if watched.agreement is not None else "marginal entropy"
-        done = Intervention(step, task, measure, fallen[task], watched.best, watched.best_step, action)
+        done = Intervention(step, task, measure, score.value, score.best, watched.best_step, action)
         self.interventions.append(done)
         log.warning(
             "task `%s` degrades: its %s fell from %.2f to %.2f by step %d; back to the parameters of step %d, and %s",
             *(task, measure, done.best, done.score, step, done.back_to, _ACTIONS[action]),
         )
         for other in self._tasks.values():  # what was seen belongs to parameters that are gone
-            other.seen, other.mean, other.agreement = 0, [], None
+            other.seen, other.mean = 0, []
+            for each in other.scores.values():
+                each.value, each.noise = 0.0, 1.0
+        self._best_mean_step = max(self._best_mean_step, step)  # patience begins anew
         if watched.times >= _OFTEN:
             self.stopped = f"task `{task}` was taken back {_OFTEN} times"
 
-    def _consider_ending(self, mean: float, step: int) -> None:
+    def _consider_ending(self, step: int, before: list[Tensor]) -> None:
+        leading = [w.scores.get(_AGREEMENT, w.scores[_ENTROPY]).value for w in self._tasks.values()]
+        mean = sum(leading) / len(leading)
         if mean > self._best_mean + _BETTER:
             self._best_mean, self._best_mean_step = mean, step
+            self._states[step] = before
         elif self.patience and step - self._best_mean_step >= self.patience:
             self.stopped = f"no better mean score in {self.patience} steps"
 
@@ -217,7 +270,7 @@ class RollbackGuard:
         """Return all that the guard knows, but for parameters, as plain JSON values."""
         return {
             "tasks": {task: asdict(watched) for task, watched in self._tasks.items()},
-            "best_mean": [self._best_mean, self._best_mean_step] if self._best_mean > -math.inf else None,
+            "best_mean": [self._best_mean, self._best_mean_step],
             "interventions": [asdict(done) for done in self.interventions],
             "stopped": self.stopped,
         }
@@ -237,10 +290,14 @@ class RollbackGuard:
             KeyError: if a state that is needed is not there.
             TypeError: if the state is of another form.
         """
-        self._tasks = {task: _Watched(**state["tasks"][task]) for task in self._tasks}
-        if state["best_mean"] is not None:
-            self._best_mean, self._best_mean_step = state["best_mean"]
+        for task in self._tasks:
+            table = dict(state["tasks"][task])
+            scores = {measure: _Score(**score) for measure, score in table.pop("scores").items()}
+            self._tasks[task] = _Watched(**table, scores=scores)
+        self._best_mean, self._best_mean_step = state["best_mean"]
         self.interventions[:] = [Intervention(**done) for done in state["interventions"]]
         self.stopped = state["stopped"]
-        steps = sorted({watched.best_step for watched in self._tasks.values() if watched.best_step >= 0})
-        self._states = {step: [tensors[f"guard.{step}.{i}"] for i in range(len(self._parameters))] for step in steps}
+        steps = {int(name.split(".")[1]) for name in tensors if name.startswith("guard.")}
+        self._states = {
+            step: [tensors[f"guard.{step}.{i}"] for i in range(len(self._parameters))] for step in sorted(steps)
+        }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fusion_merge.errors import AdaptationError
 from fusion_merge.moe import RoutedBlock, Routing, moe_layers, set_routing
+from fusion_merge.moe.features import before_blocks
 from fusion_merge.moe.projection_router import ProjectionRouter
 
 STARTS = ("constant", "projection", "ridge")
@@ -44,18 +45,18 @@ def ridge_start(model: nn.Module, images: Mapping[str, Tensor], *, ridge: float 
     device = next(model.parameters()).device
     pixels = torch.cat([batch.to(device) for batch in images.values()])  # (B, 3, height, width)
     tasks = [torch.full((len(batch),), index) for index, batch in enumerate(images.values())]
-    one_hot = nn.functional.one_hot(torch.cat(tasks), len(images)).to(device, torch.float64)  # (B, N)
-    weights = torch.cat([torch.full((len(t),), 1 / (len(t) * len(tasks))) for t in tasks]).to(device, torch.float64)
+    one_hot = nn.functional.one_hot(torch.cat(tasks), len(images)).double()  # (B, N)
+    weights = torch.cat([torch.full((len(t),), 1 / (len(t) * len(tasks)), dtype=torch.float64) for t in tasks])  # (B,)
 
     def solve(block: RoutedBlock, tokens: Tensor) -> None:
         features = block.router.last_inputs(tokens)  # an error, where there is no such layer
         out: Any = block.router.last_layer()
-        weight, bias = ridge_solution(features.double(), one_hot, weights, ridge)  # (N, F), (N,)
+        weight, bias = ridge_solution(features.cpu().double(), one_hot, weights, ridge)  # (N, F), (N,)
         each = block.num_coefficients // len(images)
         out.weight.copy_(weight.repeat_interleave(each, dim=0))
         out.bias.copy_(bias.repeat_interleave(each))
 
-    with _each_block(layers, solve), _by_sample(model, layers):
+    with before_blocks(moe_layers(model), lambda _, block, tokens: solve(block, tokens)), _by_sample(model, layers):
         model(pixel_values=pixels)
 
 
@@ -107,28 +108,14 @@ def projection_start(model: nn.Module, num_tasks: int) -> None:
             coefficients = own.repeat_interleave(block.num_coefficients // num_tasks, dim=1)  # (1, K)
             stacked = torch.cat([linear.experts.delta(coefficients).weight[0].float() for linear in readers])
             _, values, right = torch.linalg.svd(stacked, full_matrices=False)
-            found = right[: router.rank] * (values[: router.rank] > 0).unsqueeze(1)  # (≤ R, D): none where all is zero
+            least = torch.finfo(values.dtype).eps * max(stacked.shape) * values[0]  # what is below is rounding
+            found = right[: router.rank] * (values[: router.rank] > least).unsqueeze(1)  # (≤ R, D)
             router.subspaces[task].zero_()[: len(found)] = found.to(router.subspaces)
 
 
 def _refuse_shared(layers: list[RoutedBlock], start: str) -> None:
     if len({id(block.router) for block in layers}) < len(layers):
         raise AdaptationError(f"`router_start`={start} solves each layer's router, and these share one")
-
-
-@contextmanager
-def _each_block(layers: list[RoutedBlock], do: Callable[[RoutedBlock, Tensor], None]) -> Iterator[None]:
-    """Let something be done with each block's input before the block uses it."""
-
-    def before(block: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        do(block, args[0] if args else keywords["hidden_states"])  # type: ignore[arg-type]
-
-    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

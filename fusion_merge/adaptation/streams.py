@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,12 @@ def task_streams(
     for index, (name, pool) in enumerate(pools.items()):
         images, head, order = pool.images(name), pool.head(name).to(fabric.device), seed * 1009 + index
         share = {"rank": placement.rank, "world_size": placement.world_size}
-        sampler = EndlessBatches(len(images), batch_size, order, start=start, **share)
+        sampler = EndlessBatches(len(images), batch_size, order, **share)
         expert = None
         if load_expert is not None:
-            seen = chain.from_iterable(islice(sampler, max(0, max_steps - start)))
-            load = partial(load_expert, name)
-            expert = ExpertLogits(load, head, images, seen, fabric=fabric, workers=workers)
+            needed, load = range(start * batch_size, max_steps * batch_size), partial(load_expert, name)
+            seen = chain.from_iterable(sampler)
+            expert = ExpertLogits(load, head, images, seen, needed, fabric=fabric, workers=workers)
         loader = adaptation_loader(
             images, batch_size, order, workers=workers, placement=placement, start=start, positions=True
         )

@@ -100,5 +100,5 @@ class EWEMoEAlgorithm(MoEMethod):
     def after_adaptation(self, model: MergedCLIPVisionModel) -> None:
         """See `MoEMethod.after_adaptation`: prune the router, if asked to."""
         if self.post_sparse_gate:
-            for parameter in router_parameters(model):
+            for parameter in (p for p in router_parameters(model) if p.ndim):  # a single number is no tensor to prune
                 parameter.data = magnitude_prune(parameter.data, self.gate_prune_ratio)

@@ -110,6 +110,11 @@ class FusionMoEAlgorithm(MoEMethod):
         """
         super().__post_init__()
         self.make_selection()
+        if (self.selection in ("top_k", "soft_top_k")) is not (self.select_k != -1):
+            raise ConfigError(
+                f"`selection`={self.selection} and `select_k`={self.select_k} do not go together; top_k and soft_top_k "
+                "keep `select_k` coefficients, the others have no use for it"
+            )
         if self.router_state_width and (self.router_start != "constant" or self.router_hidden_layers != 1):
             raise ConfigError(
                 f"`router_state_width`={self.router_state_width} makes recurrent routers, which start at λ and "

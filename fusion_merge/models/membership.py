@@ -18,7 +18,6 @@ from fusion_merge.moe.experts import Experts, SparseExperts
 from fusion_merge.moe.features import blocks_by_router, inner_router, record_last_inputs
 from fusion_merge.moe.layer import MoELinear, RoutedBlock, moe_layers
 from fusion_merge.moe.refit import grown_rows, moments, resized, rows_of, shrunk_rows
-from fusion_merge.moe.selection import SoftTopK
 from fusion_merge.moe.vectors import PARTS, TaskVector
 from fusion_merge.task_vectors import check_same_shape_tables, magnitude_prune, shapes_of
 
@@ -205,16 +204,15 @@ def _with_task(linear: MoELinear, finetuned: Mapping[str, Tensor], path: str, mo
 def _settle(block: RoutedBlock) -> None:
     """Let all that a block shows of its number of coefficients follow."""
     block.router.num_coefficients = inner_router(block.router).num_coefficients
-    selection = block.selection
-    if isinstance(selection, SoftTopK) and selection.k > block.num_coefficients:
-        block.selection = SoftTopK(block.num_coefficients, selection.sharpness)
+    block.selection = block.selection.fitted(block.num_coefficients)
 
 
 def _move_static(
     model: MergedCLIPVisionModel, finetuned: Mapping[str, Tensor], before: Mapping[str, Tensor], sign: float
 ) -> None:
     """Move what is merged statically along a task vector; tensors are replaced, so that the old ones can come back."""
-    scaling = model.config.method_options.get("init_lambda")
+    first = next(iter(next(iter(moe_layers(model.vision_model).values())).linears().values()))
+    scaling = getattr(first.experts, "bias_scaling", model.config.method_options.get("init_lambda"))
     if scaling is None:
         raise ConfigError(
             f"`{model.config.method}` has no `init_lambda` to weigh the static parts by; leave `pretrained` out"

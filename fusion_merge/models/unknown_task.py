@@ -198,8 +198,10 @@ def _right_vectors(block: RoutedBlock, num_tasks: int) -> Tensor:
     rank = max(1, width // _SHARE)
     vectors = []
     for index in range(num_tasks):
-        gram = sum(_gram(linear.experts, index) for linear in readers)  # (D, D)
-        vectors.append(torch.linalg.eigh(gram)[1][:, -rank:].T.float())
+        gram = torch.stack([_gram(linear.experts, index) for linear in readers]).sum(dim=0)  # (D, D)
+        values, found = torch.linalg.eigh(gram)
+        least = torch.finfo(gram.dtype).eps * width * values[-1]  # what is below is rounding
+        vectors.append((found[:, -rank:] * (values[-rank:] > least)).T.float())
     return torch.stack(vectors)  # (N, r, D)
 
 

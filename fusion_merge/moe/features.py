@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,7 +55,7 @@ def record_inputs(blocks: dict[str, RoutedBlock]) -> Iterator[dict[str, list[Ten
         For each block, one tensor (B, T, D) a forward pass.
     """
     record: dict[str, list[Tensor]] = {name: [] for name in blocks}
-    with _hooked(blocks, lambda name, _block, tokens: record[name].append(tokens)):
+    with before_blocks(blocks, lambda name, _block, tokens: record[name].append(tokens)):
         yield record
 
 
@@ -74,17 +74,23 @@ def record_last_inputs(blocks: dict[str, RoutedBlock]) -> Iterator[dict[str, lis
     def keep(name: str, block: RoutedBlock, tokens: Tensor) -> None:
         record[name].append(last_inputs(block.router, tokens).detach().cpu())
 
-    with _hooked(blocks, keep):
+    with before_blocks(blocks, keep):
         yield record
 
 
 @contextmanager
-def _hooked(blocks: dict[str, RoutedBlock], keep: Any) -> Iterator[None]:
+def before_blocks(blocks: dict[str, RoutedBlock], do: Callable[[str, RoutedBlock, Tensor], None]) -> Iterator[None]:
+    """Let something be done with each block's input before the block uses it, while the context lasts.
+
+    Args:
+        blocks: the blocks by name.
+        do: takes a block's name, the block, and its input (B, T, D).
+    """
     handles = []
     for name, block in blocks.items():
 
-        def hook(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            keep(name, module, args[0] if args else kwargs["hidden_states"])
+        def hook(module: Any, args: Any, kwargs: Any, name: str = name) -> None:
+            do(name, module, args[0] if args else kwargs["hidden_states"])
 
         handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
     try:

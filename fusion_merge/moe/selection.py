@@ -31,6 +31,14 @@ class Selection(nn.Module, ABC):
             (B, K) → (B, K).
         """
 
+    def fitted(self, count: int) -> Selection:
+        """Return the selection for a layer that has come to have another number of coefficients.
+
+        Args:
+            count: K; a selection of more than that selects them all.
+        """
+        return self
+
     @abstractmethod
     def spec(self) -> dict[str, Any] | None:
         """Return what `empty_selection` needs, as plain JSON values."""
@@ -79,6 +87,10 @@ class SoftTopK(Selection):
         threshold = torch.topk(coefficients, self.k, dim=-1).values[..., -1:]  # (B, 1)
         return coefficients * torch.sigmoid(self.sharpness * (coefficients - threshold))  # (B, K)
 
+    def fitted(self, count: int) -> SoftTopK:
+        """See `Selection.fitted`."""
+        return SoftTopK(min(self.k, count), self.sharpness)
+
     def spec(self) -> dict[str, Any] | None:
         """See `Selection.spec`."""
         return {"kind": "soft_top_k", "k": self.k, "sharpness": self.sharpness}
@@ -113,6 +125,10 @@ class TopK(Selection):
         order = coefficients.argsort(dim=-1, descending=True, stable=True)  # (B, K)
         kept = torch.zeros_like(coefficients, dtype=torch.bool).scatter(-1, order[..., : self.k], True)  # (B, K)
         return _where(kept, coefficients)
+
+    def fitted(self, count: int) -> TopK:
+        """See `Selection.fitted`."""
+        return TopK(min(self.k, count))
 
     def spec(self) -> dict[str, Any] | None:
         """See `Selection.spec`."""
@@ -262,6 +278,10 @@ class Chain(Selection):
         for part in self.parts:
             coefficients = part(coefficients)
         return coefficients
+
+    def fitted(self, count: int) -> Chain:
+        """See `Selection.fitted`: each part by itself."""
+        return Chain([part.fitted(count) for part in self.parts])  # type: ignore[operator]
 
     def spec(self) -> dict[str, Any] | None:
         """See `Selection.spec`."""

@@ -58,7 +58,7 @@ def writings(parts: Parts, load: Load, config: Mapping[str, Any], output_dir: Pa
             found.append(_writing(what, method.save_checkpoint, runs * router_checkpoint(load)))
         adapts = load.training is not None and method.max_steps > 0
         if adapts and method.cache_dir is not None and not method.fast_dev_run:
-            kept = 4 if method.optimizer != "sgd" else 2
+            kept = (4 if method.optimizer != "sgd" else 2) + (num_tasks if method.guard == "rollback" else 0)
             state = kept * load.model.router_bytes + 8 * num_tasks * method.max_steps + _HEADERS
             # a new one is written before the earlier one goes
             found.append(_writing("state of the adaptation", method.cache_dir, 2 * state))
@@ -74,7 +74,7 @@ def router_checkpoint(load: Load) -> int:
     Args:
         load: what the run consists of.
     """
-    coefficients = FLOAT * load.num_models * load.tower.layers * load.model.coefficients
+    coefficients = FLOAT * load.num_models * len(load.model.router_widths) * load.model.coefficients
     return load.model.router_bytes + coefficients + _HEADERS
 
 

@@ -94,7 +94,7 @@ def pools_of(
             pool = modelpool.task_pool("train")
             pools = dict.fromkeys(pool.task_names, pool)
     elif isinstance(method, RegMeanAlgorithm) or (
-        isinstance(method, AdaptedMethod) and method.max_steps > 0 and not method.checkpoint
+        isinstance(method, AdaptedMethod) and method.looks_at_images and not method.checkpoint
     ):
         for name in modelpool.model_names:
             with problems.noted():

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torchmetrics import MeanMetric
 from tqdm.auto import tqdm
 
 from fusion_merge.errors import ConfigError, nearest
@@ -17,6 +15,7 @@ from fusion_merge.models.merged import MergedCLIPVisionModel
 from fusion_merge.models.unknown_task import WAYS, observe
 from fusion_merge.pools.loaders import Placement, evaluation_loader, fitting_workers
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool, TaskPool
+from fusion_merge.processes import exchange, together
 
 WITHOUT = (None, False)
 """What the option `unknown_task` says where no such scores are wanted."""
@@ -48,6 +47,17 @@ def check_unknown_task(config: Mapping[str, Any], method: Method, taskpool: Task
         )
     if not isinstance(taskpool, CLIPVisionModelTaskPool):
         raise ConfigError(f"`unknown_task`={by}: this task pool scores nothing; leave it out")
+    if by == "agreement" and getattr(method, "router_hidden_layers", None) == 0:
+        raise ConfigError(
+            "`unknown_task`=agreement needs routers that look at images; choose `router_hidden_layers` 1 or 2, or "
+            "`unknown_task`=projection"
+        )
+    looked = getattr(method, "looks_at_images", True) or getattr(method, "checkpoint", False)
+    if by == "agreement" and not looked:
+        raise ConfigError(
+            "`unknown_task`=agreement compares with coefficients that are measured after adaptation, and with "
+            "`max_steps`=0 there is none; take steps, or `unknown_task`=projection"
+        )
 
 
 def give_heads(model: nn.Module | Any, taskpool: TaskPool) -> None:
@@ -106,15 +116,14 @@ def _scores(
     )
     model = model.to(placement.device).eval()  # type: ignore[arg-type]
     head, index = taskpool.head(task).to(placement.device), model.config.tasks.index(task)
-    several = placement.world_size > 1
-    right, found = (MeanMetric(sync_on_compute=several).to(placement.device) for _ in range(2))
-    for pixels, labels in loader:
-        with placement.autocast():
-            pooled, fits = observe(model, pixels, by)
-        own = (fits.argmax(dim=1) == index).to(placement.device)  # (B,)
-        hit = head(pooled.float()).argmax(dim=-1) == labels.to(placement.device)  # (B,)
-        found.update(own.float())
-        right.update((own & hit).float())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The ``compute`` method")  # a process may have had no batch
-        return {"accuracy": right.compute().item(), "task_accuracy": found.compute().item()}
+    right = found = count = 0
+    with together():
+        for pixels, labels in loader:
+            with placement.autocast():
+                pooled, fits = observe(model, pixels, by)
+            own = (fits.argmax(dim=1) == index).to(placement.device)  # (B,)
+            hit = head(pooled.float()).argmax(dim=-1) == labels.to(placement.device)  # (B,)
+            found, right = found + int(own.sum()), right + int((own & hit).sum())
+            count += len(labels)
+    right, found, count = (sum(each) for each in zip(*exchange((right, found, count)), strict=True))
+    return {"accuracy": right / max(1, count), "task_accuracy": found / max(1, count)}

@@ -25,6 +25,11 @@ def logits() -> torch.Tensor:
     return torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
 
 
+@pytest.mark.parametrize("apart", [1e-3, 1e-5, 1e-7])
+def test_tsallis_entropy_is_exact_near_order_1_in_single_precision(logits, apart):
+    torch.testing.assert_close(tsallis_entropy(logits.float(), 1 + apart), entropy(logits.float()), atol=5e-3, rtol=0)
+
+
 @pytest.mark.parametrize("order", [0.5, 1.0, 1.5, 2.0, 3.0])
 def test_tsallis_entropy_is_its_formula(logits, order):
     p = logits.softmax(dim=-1)

@@ -17,7 +17,8 @@ EVEN, ONE = torch.full((4,), 0.25), torch.tensor([0.97, 0.01, 0.01, 0.01])
 class Course:
     """A parameter that says the step, and a guard that watches two tasks."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, images: int = 1000, **options) -> None:
+        self.images = images
         self.parameter = nn.Parameter(torch.zeros(1))
         self.optimizer = make_optimizer("adam", [self.parameter], 0.1)
         self.guard = RollbackGuard({"cats": 4, "dogs": 4}, [self.parameter], **options)
@@ -28,7 +29,7 @@ class Course:
         self.parameter.grad = torch.ones(1)
         self.optimizer.step()
         self.parameter.data.fill_(float(self.step + 1))
-        self.guard.update(self.step, {"cats": cats, "dogs": dogs}, agreement or {}, before, self.optimizer)
+        self.guard.update(self.step, {"cats": cats, "dogs": dogs}, agreement or {}, before, self.optimizer, self.images)
         self.step += 1
 
 
@@ -43,16 +44,16 @@ def test_tasks_that_stay_as_they_are_are_left_alone():
 
 def test_a_task_that_falls_on_one_class_is_taken_back_to_its_best():
     course = Course()
-    for _ in range(8):
+    for _ in range(14):
         course.go(EVEN)
     while not course.guard.interventions:
         course.go(ONE)
-        assert course.step < 20
+        assert course.step < 40
     (done,) = course.guard.interventions
     assert (done.task, done.measure, done.action) == ("cats", "marginal entropy", "tempered")
-    assert done.best == pytest.approx(1.0)
-    assert done.score < done.best - 0.15
-    assert course.parameter.item() == done.back_to == 4  # the first that was judged was the best
+    assert 0.9 < done.best < 1.0
+    assert done.score < done.best - 0.05
+    assert course.parameter.item() == done.back_to == 13  # the last before, when least of the noise was left
     assert not course.optimizer.state  # which belonged to what is gone
     assert course.guard.weight("cats") == 0.25
     assert course.guard.weight("dogs") == 1
@@ -60,18 +61,19 @@ def test_a_task_that_falls_on_one_class_is_taken_back_to_its_best():
 
 def test_a_task_with_an_expert_is_judged_by_it_and_gets_its_labels():
     course = Course(may_ask_experts=True)
-    for _ in range(8):
+    for _ in range(14):
         course.go(EVEN, agreement={"cats": 0.9, "dogs": 0.9})
-    for _ in range(4):
+    while not course.guard.interventions:
         course.go(EVEN, agreement={"cats": 0.3, "dogs": 0.9})  # spread out, and wrong
-    (done, *_) = course.guard.interventions
+        assert course.step < 40
+    (done,) = course.guard.interventions
     assert (done.task, done.measure, done.action) == ("cats", "agreement", "expert labels")
     assert course.guard.by_expert("cats")
     assert not course.guard.by_expert("dogs")
     assert course.guard.weight("cats") == 1
     while len(course.guard.interventions) == 1:  # by its own labels it would not fall: the other's loss is to blame
         course.go(EVEN, agreement={"cats": 0.3, "dogs": 0.9})
-        assert course.step < 40
+        assert course.step < 80
     assert course.guard.interventions[1].action == "expert labels for all"
     assert course.guard.by_expert("dogs")
     assert course.guard.weight("cats") == 1
@@ -79,11 +81,11 @@ def test_a_task_with_an_expert_is_judged_by_it_and_gets_its_labels():
 
 def test_a_task_taken_back_three_times_ends_adaptation():
     course = Course()
-    for _ in range(8):
+    for _ in range(14):
         course.go(EVEN)
     while course.guard.stopped is None:
         course.go(ONE)
-        assert course.step < 60
+        assert course.step < 150
     assert course.guard.stopped == "task `cats` was taken back 3 times"
     assert course.guard.weight("cats") == 0.25**3
 
@@ -98,12 +100,50 @@ def test_adaptation_ends_where_nothing_improves():
         assert course.step < 120
     assert course.guard.stopped == "no better mean score in 10 steps"
     assert course.guard.interventions == []
+    assert course.parameter.item() <= course.step - 10  # the best ones are put back, not the last
+
+
+@pytest.mark.parametrize("images", [4, 16, 64])
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_noise_alone_is_no_reason_to_act(images, share):
+    """Twenty tasks whose predictions agree with their experts as often all the time, seen in small batches."""
+    generator = torch.Generator().manual_seed(0)
+    tasks = {str(n): 10 for n in range(20)}
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = make_optimizer("adam", [parameter], 0.1)
+    guard = RollbackGuard(tasks, [parameter], may_ask_experts=True)
+    for step in range(300):
+        hits = (torch.rand(20, images, generator=generator) < share).float().mean(dim=1)
+        classes = torch.randint(10, (20, images), generator=generator)
+        means = {name: torch.bincount(classes[int(name)], minlength=10) / images for name in tasks}
+        agreement = {name: hits[int(name)].item() for name in tasks}
+        guard.update(step, means, agreement, [torch.zeros(1)], optimizer, images)
+    assert guard.interventions == []
+
+
+def test_a_fall_onto_one_class_is_seen_although_the_expert_was_never_agreed_with():
+    course = Course(may_ask_experts=True)
+    for _ in range(14):
+        course.go(EVEN, agreement={"cats": 0.2, "dogs": 0.9})
+    while not course.guard.interventions:
+        course.go(ONE, agreement={"cats": 0.18, "dogs": 0.9})
+        assert course.step < 40
+    assert course.guard.interventions[0].measure == "marginal entropy"
+
+
+def test_deciding_for_what_the_expert_says_is_no_collapse():
+    course = Course(may_ask_experts=True)
+    for _ in range(14):
+        course.go(EVEN, agreement={"cats": 0.2, "dogs": 0.9})
+    for _ in range(30):  # images of one class, which the expert knows
+        course.go(ONE, agreement={"cats": 0.95, "dogs": 0.9})
+    assert course.guard.interventions == []
 
 
 def test_a_guard_that_goes_on_does_what_the_first_would_have():
     first, second = Course(), Course()
     for course in (first, second):
-        for _ in range(9):
+        for _ in range(14):
             course.go(EVEN)
         course.go(ONE)
     state, tensors = json.loads(json.dumps(second.guard.state())), second.guard.tensors()
@@ -111,7 +151,7 @@ def test_a_guard_that_goes_on_does_what_the_first_would_have():
     resumed.restore(state, tensors)
     second.guard = resumed
     for course in (first, second):
-        for _ in range(6):
+        for _ in range(20):
             course.go(ONE)
     assert first.guard.interventions
     assert first.guard.interventions == second.guard.interventions

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import weakref
-from itertools import islice
+from itertools import chain, islice
 
 import pytest
 import torch
 from helpers import TASKS
 
 from fusion_merge import FusionMoEAlgorithm, WEMoEAlgorithm
+from fusion_merge.adaptation.experts import ExpertLogits, _batches
 from fusion_merge.adaptation.runtime import make_fabric
 from fusion_merge.adaptation.streams import task_streams
 from fusion_merge.errors import ConfigError
@@ -63,13 +64,28 @@ def test_an_expert_looks_once_and_is_let_go(modelpool, fabric):
     assert all(model() is None for _, model in loaded)
 
 
+def test_batches_of_an_expert_depend_on_the_order_of_images_alone():
+    order = [5, 1, 1, 7, *range(200)]
+
+    def batches(first: int, last: int) -> list[list[int]]:
+        return _batches(iter([*order, *order]), range(first, last), 200)
+
+    whole = batches(0, 204)
+    assert [len(batch) for batch in whole] == [64, 64, 64, 8]
+    assert whole[0][:5] == [5, 1, 7, 0, 2]
+    assert sorted(chain.from_iterable(whole)) == list(range(200))
+    assert batches(0, 3) == whole[:1]  # what is to come does not change them
+    assert batches(100, 140) == whole[1:3]  # nor where it was begun
+    assert batches(100, 101) == whole[1:2]
+    assert batches(7, 7) == []
+
+
 def test_an_image_that_was_not_announced_is_an_error(modelpool, fabric):
-    streams = task_streams(pools_of(modelpool), fabric, **OPTIONS, max_steps=1, load_expert=modelpool.load_model)
-    stream = streams["cats"]
-    first, second = (positions for _, positions in islice(stream.batches, 2))
-    stream.expert(first)
+    pool = modelpool.task_pool()
+    images, head = pool.images("cats"), pool.head("cats")
+    expert = ExpertLogits(lambda: modelpool.load_model("cats"), head, images, iter(()), range(0), fabric=fabric)
     with pytest.raises(KeyError):
-        stream.expert(second)
+        expert(torch.tensor([3]))
 
 
 def test_the_label_of_an_image_that_takes_a_bad_one_s_place_is_its_own(modelpool, fabric):
@@ -96,7 +112,15 @@ def test_adaptation_brings_the_model_nearer_to_its_experts(modelpool):
     assert last < first
 
 
-@pytest.mark.parametrize("options", [{}, {"objective": "entropy"}, {"mixed_tasks": False, "guard": "watch"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"objective": "entropy"},
+        {"mixed_tasks": False, "guard": "watch"},
+        {"batch_size": 1, "start_images": 2},  # after which not all images are seen again
+    ],
+)
 def test_a_run_that_was_broken_off_ends_in_the_same_bits(modelpool, tmp_path, monkeypatch, options):
     options = SMALL | {"max_steps": 9, "lr": 0.02, "cache_dir": str(tmp_path), "save_every": 1} | options
     whole = FusionMoEAlgorithm(**options | {"cache_dir": None}).run(modelpool)
@@ -154,6 +178,17 @@ def test_published_methods_take_other_objectives(modelpool, objective):
 def test_patience_without_a_guard_that_acts_is_refused():
     with pytest.raises(ConfigError, match="`patience`=5 is that of a guard that acts; choose `guard`=rollback"):
         WEMoEAlgorithm(patience=5)
+
+
+def test_infomax_of_single_images_is_refused():
+    with pytest.raises(ConfigError, match="`batch_size`=1 makes infomax zero"):
+        WEMoEAlgorithm(objective="entropy+infomax", batch_size=1)
+
+
+@pytest.mark.parametrize("options", [{"selection": "top_k"}, {"select_k": 3}, {"selection": "top_p", "select_k": 3}])
+def test_a_number_to_keep_goes_with_the_selections_that_keep_so_many(options):
+    with pytest.raises(ConfigError, match=r"`selection`=.* and `select_k`=.* do not go together"):
+        FusionMoEAlgorithm(**options)
 
 
 def test_recurrent_routers_do_not_start_by_ridge():
