@@ -74,7 +74,7 @@ def make_model(name: str, tower: CLIPVisionModel, settings: Settings, routing: R
     def copied(path: str, _linear: nn.Linear) -> Experts:
         return copy.deepcopy(banks[path.rpartition(".")[2]])
 
-    make_router = method.router_maker(torch.Generator().manual_seed(0))
+    make_router = method.router_maker(torch.Generator().manual_seed(0), settings.tasks)
     routed = route_mlps(vision_backbone(tower), make_bank=copied, make_router=make_router, routing=routing)
     tasks = [str(n) for n in range(settings.tasks)]
     return MergedCLIPVisionModel.from_tower(routed, tasks=tasks, method=name, method_options={}, base_model="random")

@@ -234,3 +234,19 @@ def test_twenty_experts_are_strong_and_interfere(tmp_path):
     assert fine_tuned["average"] > zero_shot["average"] + 0.08
     assert min(fine_tuned[task] - zero_shot[task] for task in tiny20.TASKS) >= 0
     assert merged["average"] < zero_shot["average"]
+
+
+@pytest.mark.parametrize("pool", ["tiny8", "tiny8_hard"])
+def test_fusion_moe_starts_right_where_adaptation_collapses(pool, tmp_path):
+    """Without a single step: far above task arithmetic, and no task below the pretrained model."""
+    arguments = ["method=fusion_moe", "method.max_steps=0", f"modelpool={pool}", f"output_dir={tmp_path / 'run'}"]
+    done = run_cli(*arguments, "baselines=[zero_shot,fine_tuned]", cwd=tmp_path)
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    ours, zero_shot, tuned = (
+        {task: scores[task]["accuracy"] for task in (*tiny8.TASKS, "average")}
+        for scores in (report, report["baselines"]["zero_shot"], report["baselines"]["fine_tuned"])
+    )
+    gained = (ours["average"] - zero_shot["average"]) / (tuned["average"] - zero_shot["average"])
+    assert gained > 0.7
+    assert all(ours[task] >= zero_shot[task] for task in tiny8.TASKS)

@@ -918,7 +918,7 @@ TENSOR_CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("change", [*TENSOR_CHANGES, "missing"])
-@pytest.mark.parametrize("prefix", ["parameter.0", "optimizer.0.exp_avg", "optimizer.0.step", "random", "entropy.cats"])
+@pytest.mark.parametrize("prefix", ["parameter.0", "optimizer.0.exp_avg", "optimizer.0.step", "random", "loss.cats"])
 def test_progress_of_other_tensors(progress, tmp_path, prefix, change):
     def alter(tensors: dict[str, Any], _about: dict[str, Any]) -> None:
         name = min(n for n in tensors if n.startswith(prefix))
@@ -989,8 +989,8 @@ def test_config_of_a_merged_model_that_is_something_else(merged, junk):
 MERGED_KEYS = [("vision_config", k) for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
                "image_size")] + [(k,) for k in ("vision_config", "moe", "shared_router", "tasks", "method_options")] + [
     ("moe", "encoder.layers.0.mlp"), ("moe", "encoder.layers.0.mlp", "router"),
-    ("moe", "encoder.layers.0.mlp", "router", "kind"), ("moe", "encoder.layers.0.mlp", "fc1"),
-    ("moe", "encoder.layers.0.mlp", "fc1", "kind"), ("moe", "encoder.layers.0.mlp", "routing"),
+    ("moe", "encoder.layers.0.mlp", "router", "kind"), ("moe", "encoder.layers.0.mlp", "linears", "fc1"),
+    ("moe", "encoder.layers.0.mlp", "linears", "fc1", "kind"), ("moe", "encoder.layers.0.mlp", "routing"),
     ("moe", "encoder.layers.0.mlp", "selection"), ("moe", "encoder.layers.9.mlp")]  # fmt: skip
 
 

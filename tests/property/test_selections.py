@@ -25,7 +25,7 @@ from fusion_merge.moe import (
     moe_layers,
     record_coefficients,
 )
-from fusion_merge.moe.layer import empty_moe_mlp
+from fusion_merge.moe.blocks import empty_block
 from fusion_merge.moe.probabilities import nucleus, relative_tsallis_entropy
 from fusion_merge.moe.selection import empty_selection
 
@@ -278,7 +278,7 @@ def test_a_routed_model_applies_a_selection_and_is_made_again_with_it(selection,
         raw = model_coefficients(model, name, pixels)
         assert applied.shape == ((4, 3) if routing is Routing.SAMPLE else (1, 3))
         torch.testing.assert_close(applied, selection(raw))
-        again = empty_moe_mlp(json.loads(json.dumps(layer.spec())), upcycled_plain(name))
+        again = empty_block(json.loads(json.dumps(layer.spec())), upcycled_plain(name))
         again.load_state_dict(layer.state_dict())
         assert torch.equal(again(pixels), layer(pixels))
 

@@ -283,7 +283,7 @@ def test_job_of_a_sweep_has_its_number_in_what_it_writes(key, given, numbered):
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [
-        (["method=wemoe,e_wemoe", "method.rank=3"], ["`method.rank` is not an option", "known are"]),
+        (["method=wemoe,e_wemoe", "method.zzzzzz=3"], ["`method.zzzzzz` is not an option", "known are"]),
         (["method=rankone_moe,wemoe", "method.rank=3"], ["`method.rank` is not an option", "did you mean `rank_k`"]),
         (["method=choice(rankone_moe/rankone_moe,wemoe)", "method.rank=3"], ["did you mean `rank_k`"]),
         (["method='rankone_moe',wemoe", "method.rank=3"], ["did you mean `rank_k`"]),

@@ -299,7 +299,7 @@ def _changed(folder: Path, *keys: str, value: object) -> None:
 
 LAYER = ("moe", "encoder.layers.0.mlp")
 DAMAGE = {
-    "bias_scaling": ((*LAYER, "fc1", "bias_scaling"), 0.4),
+    "bias_scaling": ((*LAYER, "linears", "fc1", "bias_scaling"), 0.4),
     "routing": ((*LAYER, "routing"), "sample"),
     "selection": ((*LAYER, "selection"), None),
     "task": (("tasks",), ["cat"]),
