@@ -14,7 +14,7 @@ from fusion_merge.adaptation.starts import STARTS
 from fusion_merge.errors import ConfigError
 from fusion_merge.methods.adapted_base import GUARDS
 from fusion_merge.methods.moe_base import MoEMethod
-from fusion_merge.models.ranks import check_rank, svd_device
+from fusion_merge.models.ranks import check_rank, check_select_k, svd_device
 from fusion_merge.moe import LowRankExperts, make_router, recurrent_router_maker
 from fusion_merge.moe.blocks import TARGETS
 from fusion_merge.moe.experts import TaskVector, low_rank_spec
@@ -136,12 +136,7 @@ class FusionMoEAlgorithm(MoEMethod):
     def check_shapes(self, config: CLIPVisionConfig, num_tasks: int) -> None:
         """See `MoEMethod.check_shapes`: also the rank against the width of the tower."""
         super().check_shapes(config, num_tasks)
-        experts = num_tasks * check_rank(self.rank_k, config)
-        if self.select_k == 0 or self.select_k > experts:
-            raise ConfigError(
-                f"`select_k`={self.select_k} is not in 1-{experts}, the number of experts of a layer; "
-                f"choose 1-{experts}, or -1 for all of them"
-            )
+        check_select_k(self.select_k, num_tasks * check_rank(self.rank_k, config))
 
     def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
         """See `Method.check`: also whether there is the device to decompose on."""

@@ -9,9 +9,8 @@ from typing import Any, final
 import torch
 from transformers import CLIPVisionConfig
 
-from fusion_merge.errors import ConfigError
 from fusion_merge.methods.moe_base import MoEMethod
-from fusion_merge.models.ranks import check_rank, svd_device
+from fusion_merge.models.ranks import check_rank, check_select_k, svd_device
 from fusion_merge.moe import LowRankExperts, SoftTopK, make_router
 from fusion_merge.moe.experts import TaskVector, low_rank_spec
 from fusion_merge.moe.upcycle import MakeRouter
@@ -51,12 +50,7 @@ class RankOneMoEAlgorithm(MoEMethod):
     def check_shapes(self, config: CLIPVisionConfig, num_tasks: int) -> None:
         """See `MoEMethod.check_shapes`: rank and selection against the width of the tower."""
         super().check_shapes(config, num_tasks)
-        experts = num_tasks * check_rank(self.rank_k, config)
-        if self.select_k == 0 or self.select_k > experts:
-            raise ConfigError(
-                f"`select_k`={self.select_k} is not in 1-{experts}, the number of experts of a layer; "
-                f"choose 1-{experts}, or -1 for all of them"
-            )
+        check_select_k(self.select_k, num_tasks * check_rank(self.rank_k, config))
 
     def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
         """See `Method.check`: also whether there is the device to decompose on."""

@@ -30,6 +30,23 @@ def check_rank(rank: int, config: CLIPVisionConfig) -> int:
     return int(limit) if rank == -1 else rank
 
 
+def check_select_k(select_k: int, experts: int) -> None:
+    """Refuse a number of coefficients to keep that a layer does not have.
+
+    Args:
+        select_k: how many to keep, or -1 for all.
+        experts: how many rank-one experts a layer has.
+
+    Raises:
+        ConfigError: if it is not possible.
+    """
+    if select_k == 0 or select_k > experts:
+        raise ConfigError(
+            f"`select_k`={select_k} is not in 1-{experts}, the number of experts of a layer; "
+            f"choose 1-{experts}, or -1 for all of them"
+        )
+
+
 def svd_device(accelerator: str, auto: torch.device) -> torch.device:
     """Return the device that `svd_accelerator` stands for.
 
