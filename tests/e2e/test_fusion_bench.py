@@ -209,7 +209,10 @@ def test_command_of_fusion_bench_scores_a_method_as_our_command_does(images, tmp
     assert "entropy" in done.stdout  # the adaptation speaks through fusion_bench's log
     saved = MergedCLIPVisionModel.from_pretrained(tmp_path / "kept" / "merged")
     own = MergedCLIPVisionModel.from_pretrained(tmp_path / "ours" / "kept" / "merged")
-    assert_same_bits(tensors_of(saved), tensors_of(own))
+    assert own.heads is not None
+    assert saved.heads is None  # fusion_bench's task pool has the heads, and its program tells methods nothing of them
+    towers = [{n: t for n, t in tensors_of(m).items() if not n.startswith("heads.")} for m in (saved, own)]
+    assert_same_bits(*towers)
 
 
 @pytest.mark.usefixtures("scoring")
