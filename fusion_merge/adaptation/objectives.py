@@ -56,7 +56,7 @@ def tsallis_entropy(logits: Tensor, order: float) -> Tensor:
     Shape:
         (B, C) → (B,).
 
-    Source: Tsallis 1988; as an objective of adaptation, Goyal et al. 2022 ("conjugate pseudo-labels" of its losses).
+    Source: Tsallis 1988.
     """
     if order == 1.0:
         return entropy(logits)
@@ -89,7 +89,7 @@ def infomax(logits: Tensor) -> Tensor:
     Args:
         logits: z, (B, C).
 
-    Source: Krause et al. 2010; Liang et al. 2020 (SHOT), eq. 3.
+    Source: Krause et al. 2010; Liang et al. 2020 (SHOT).
     """
     return mean_entropy(logits) - marginal_entropy(logits)
 

@@ -124,7 +124,7 @@ class RecurrentRouter(Router):
     Raises:
         ConfigError: if `layer_index` is below 0.
 
-    Source: RMoE, arXiv 2408.06793, §3; there each token has a state of its own and the output goes through a softmax
+    Source: RMoE, arXiv 2408.06793; there each token has a state of its own and the output goes through a softmax
     and top-k. Here an image is routed as a whole, and coefficients are as raw as those of other routers.
     """
 

@@ -111,7 +111,7 @@ class TopK(Selection):
     Raises:
         ConfigError: if `k` is below 1, or, when applied, above K.
 
-    Source: Shazeer et al. 2017, arXiv 1701.06538, §2.1; there what is kept goes through a softmax, and noise is
+    Source: Shazeer et al. 2017, arXiv 1701.06538; there what is kept goes through a softmax, and noise is
     added while training. Here coefficients are applied as they are, without noise.
     """
 
