@@ -64,22 +64,31 @@ def tsallis_entropy(logits: Tensor, order: float) -> Tensor:
     return -(log_p.exp() * torch.expm1((order - 1) * log_p)).sum(dim=-1) / (order - 1)  # exact near order 1 too
 
 
-def marginal_entropy(logits: Tensor) -> Tensor:
+def _alone(mean: Tensor) -> Tensor:
+    """Return what the only process has: the mean over all processes."""
+    return mean
+
+
+def marginal_entropy(logits: Tensor, average: Callable[[Tensor], Tensor] = _alone) -> Tensor:
     r"""Return the entropy of a batch's mean prediction, in nats: low where all are of one class.
 
     .. math:: H(\bar p), \qquad \bar p = \frac1B \sum_i \operatorname{softmax}(z_i)
 
     Args:
-        logits: z.
+        logits: z, of this process.
+        average: returns the mean of a tensor over all processes, whose batches are equally large. The mean of the
+            processes' gradients is that of the whole batch then.
 
     Shape:
         (B, C) → ().
     """
-    log_mean = torch.logsumexp(_log_softmax(logits), dim=0) - math.log(len(logits))  # (C,)
-    return -(log_mean.exp() * log_mean).sum()
+    mean = _log_softmax(logits).exp().mean(dim=0)  # (C,)
+    whole = average(mean.detach())
+    log_whole = whole.clamp_min(torch.finfo(whole.dtype).tiny).log()
+    return -(log_whole * (whole + mean - mean.detach())).sum()  # probabilities sum up to 1: no more gradient than that
 
 
-def infomax(logits: Tensor) -> Tensor:
+def infomax(logits: Tensor, average: Callable[[Tensor], Tensor] = _alone) -> Tensor:
     r"""Return the negative mutual information of images and predictions: each decided, all together spread out.
 
     .. math:: \frac1B \sum_i H(p_i) - H(\bar p)
@@ -88,10 +97,11 @@ def infomax(logits: Tensor) -> Tensor:
 
     Args:
         logits: z, (B, C).
+        average: see `marginal_entropy`.
 
     Source: Krause et al. 2010; Liang et al. 2020 (SHOT).
     """
-    return mean_entropy(logits) - marginal_entropy(logits)
+    return mean_entropy(logits) - marginal_entropy(logits, average)
 
 
 def expert_labels(logits: Tensor, expert_logits: Tensor, temperature: float) -> Tensor:
@@ -120,11 +130,13 @@ class Objective:
         terms: names of `OBJECTIVES` with their weights.
         temperature: T of `expert_labels`, above 0.
         order: q of `tsallis`, above 0.
+        average: returns the mean of a tensor over all processes; of one process by default.
     """
 
     terms: tuple[tuple[str, float], ...] = (("entropy", 1.0),)
     temperature: float = 1.0
     order: float = 2.0
+    average: Callable[[Tensor], Tensor] = _alone
 
     @property
     def needs_experts(self) -> bool:
@@ -164,7 +176,7 @@ def _of_expert(objective: Objective, logits: Tensor, expert_logits: Tensor | Non
 OBJECTIVES: dict[str, Callable[[Objective, Tensor, Tensor | None], Tensor]] = {
     "entropy": lambda _objective, logits, _expert: mean_entropy(logits),
     "expert_labels": _of_expert,
-    "infomax": lambda _objective, logits, _expert: infomax(logits),
+    "infomax": lambda objective, logits, _expert: infomax(logits, objective.average),
     "tsallis": lambda objective, logits, _expert: tsallis_entropy(logits, objective.order).mean(),
 }
 """Objectives by name."""

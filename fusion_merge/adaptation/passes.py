@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, final
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from fusion_merge.adaptation.objectives import expert_labels
+from fusion_merge.adaptation.objectives import Objective, expert_labels
 from fusion_merge.adaptation.rollback import RollbackGuard
 from fusion_merge.adaptation.runtime import averaged, gathered
 from fusion_merge.models.clip import pooled_output
@@ -37,7 +38,7 @@ class Seen(NamedTuple):
     """What was seen in one step, of all processes.
 
     Attributes:
-        losses: each task's value of the objective, unweighted.
+        losses: each task's value of the objective, unweighted, whatever loss it is trained with.
         predictions: each task's predicted classes, (B,).
         means: each task's mean prediction, (C,).
         agreement: the share of a task's predictions that are its expert's, in 0-1, where that was looked at.
@@ -76,6 +77,8 @@ class Passes:
         keeper: RollbackGuard | None,
     ) -> None:
         self._model, self._streams, self._fabric = model, streams, fabric
+        if isinstance(objective, Objective):
+            objective = replace(objective, average=partial(averaged, fabric))
         self._objective, self._keeper = objective, keeper
         self._accumulate = use_grad_accumulate and not mixed_tasks
         self._mixed = mixed_tasks
@@ -91,6 +94,7 @@ class Passes:
         optimizer.zero_grad()
         features = self._all_features(batches) if self._mixed else {}
         losses: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         logits: dict[str, Tensor] = {}
         experts: dict[str, Tensor] = {}
         for index, (name, stream) in enumerate(self._streams.items()):
@@ -101,16 +105,15 @@ class Passes:
                 scores = stream.head(pooled)
                 if stream.expert is not None and (self._asks or self._keeper is not None):
                     experts[name] = stream.expert(positions).to(scores.device)
-                loss = self._loss(name, scores, experts.get(name))
+                value = self._value(scores, experts.get(name))
+                loss = self._weight(name) * self._loss(name, value, scores, experts.get(name))
                 if self._accumulate:
-                    self._fabric.backward(self._weight(name) * loss)
+                    self._fabric.backward(loss)
                     loss = loss.detach()
-            losses[name], logits[name] = loss, scores.detach()
-        stacked = torch.stack(list(losses.values()))
+            losses[name], values[name], logits[name] = loss, value.detach(), scores.detach()
         if not self._accumulate:
-            weights = torch.tensor([self._weight(name) for name in losses], dtype=stacked.dtype, device=stacked.device)
-            self._fabric.backward((weights * stacked).sum())
-        return self._seen(stacked.detach(), logits, experts)
+            self._fabric.backward(torch.stack(list(losses.values())).sum())
+        return self._seen(torch.stack(list(values.values())), logits, experts)
 
     def _features(self, pixels: Tensor) -> Tensor:
         return pooled_output(self._model(pixel_values=self._fabric.to_device(pixels)))
@@ -126,11 +129,15 @@ class Passes:
     def _weight(self, name: str) -> float:
         return 1.0 if self._keeper is None else self._keeper.weight(name)
 
-    def _loss(self, name: str, scores: Tensor, expert: Tensor | None) -> Tensor:
+    def _value(self, scores: Tensor, expert: Tensor | None) -> Tensor:
+        value: Tensor = self._objective(scores, expert) if self._asks else self._objective(scores)
+        return value
+
+    def _loss(self, name: str, value: Tensor, scores: Tensor, expert: Tensor | None) -> Tensor:
+        """Return what a task is trained with: the objective's value, or what took its place."""
         if expert is not None and self._rescued(name):
             return expert_labels(scores, expert, float(getattr(self._objective, "temperature", 1.0)))
-        loss: Tensor = self._objective(scores, expert) if self._asks else self._objective(scores)
-        return loss
+        return value
 
     def _seen(self, losses: Tensor, logits: Mapping[str, Tensor], experts: Mapping[str, Tensor]) -> Seen:
         values = averaged(self._fabric, losses).tolist()

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from fusion_merge.errors import AdaptationError
 from fusion_merge.moe import RoutedBlock, Routing, moe_layers, set_routing
-from fusion_merge.moe.features import before_blocks
+from fusion_merge.moe.blocks import is_block
+from fusion_merge.moe.features import before_blocks, in_chunks
 from fusion_merge.moe.projection_router import ProjectionRouter
 
 STARTS = ("constant", "projection", "ridge")
 """Where routers may start."""
+
+_CHUNK = 32  # images that an MLP or attention sees at a time
 
 
 @torch.no_grad()
@@ -27,7 +30,8 @@ def ridge_start(model: nn.Module, images: Mapping[str, Tensor], *, ridge: float 
 
     with h what the layer reads of an image, C its covariance, and e_n one at every coefficient of task n and zero
     elsewhere: an image of task n gets that task's expert. Blocks are solved in forward order, in one pass of all
-    images: what a block reads depends on the routers before it, which are solved by then.
+    images: what a block reads depends on the routers before it, which are solved by then. Between blocks all images are
+    at hand; attention and MLPs, whose inner tensors are larger, see them in chunks.
 
     Args:
         model: a routed model, each of whose blocks has a router of its own; its routers are changed.
@@ -56,7 +60,11 @@ def ridge_start(model: nn.Module, images: Mapping[str, Tensor], *, ridge: float 
         out.weight.copy_(weight.repeat_interleave(each, dim=0))
         out.bias.copy_(bias.repeat_interleave(each))
 
-    with before_blocks(moe_layers(model), lambda _, block, tokens: solve(block, tokens)), _by_sample(model, layers):
+    with (
+        before_blocks(moe_layers(model), lambda _, block, tokens: solve(block, tokens)),
+        _by_sample(model, layers),
+        in_chunks([module for module in model.modules() if is_block(module)], _CHUNK),
+    ):
         model(pixel_values=pixels)
 
 

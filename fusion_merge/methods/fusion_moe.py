@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
-from transformers import CLIPVisionConfig
 
 from fusion_merge.adaptation.optimization import SCHEDULES
 from fusion_merge.adaptation.starts import STARTS
 from fusion_merge.errors import ConfigError
 from fusion_merge.methods.adapted_base import GUARDS
-from fusion_merge.methods.moe_base import MoEMethod
-from fusion_merge.models.ranks import check_rank, check_select_k, svd_device
-from fusion_merge.moe import LowRankExperts, make_router, recurrent_router_maker
+from fusion_merge.methods.rankone_moe import RankOneMoEAlgorithm
+from fusion_merge.moe import recurrent_router_maker
 from fusion_merge.moe.blocks import TARGETS
-from fusion_merge.moe.experts import TaskVector, low_rank_spec
 from fusion_merge.moe.selection import Selection
 from fusion_merge.moe.selection_names import SELECTIONS, selection_named
 from fusion_merge.moe.upcycle import MakeRouter
 from fusion_merge.options import option
-from fusion_merge.pools.model_pool import CLIPVisionModelPool
-from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 from fusion_merge.registry import register_method
 
 
 @final
 @register_method("fusion_moe")
 @dataclass(kw_only=True)
-class FusionMoEAlgorithm(MoEMethod):
+class FusionMoEAlgorithm(RankOneMoEAlgorithm):
     r"""RankOne-MoE's experts, with an objective that cannot collapse and routers that start right.
 
     .. math:: W = W_0 + \sum_{n,j} g_{nj}\, u_{nj} (s_{nj} v_{nj})^\top \quad\text{in MLP and attention}, \qquad
@@ -44,12 +38,9 @@ class FusionMoEAlgorithm(MoEMethod):
     ridge regression (RanPAC, arXiv 2307.02251).
     """
 
-    router_hidden_layers: int = option(1, help="linear layers of a router", choices=(0, 1, 2), shapes_model=True)
-    rank_k: int = option(32, help="rank-one experts a task, or -1 for full rank", minimum=-1, shapes_model=True)
     init_lambda: float | None = option(
         None, help="λ: static weight of task vectors; null is one over the number of tasks", shapes_model=True
     )
-    svd_accelerator: str = option("auto", help="where to decompose: auto (as Fabric), cpu, cuda, …")
     targets: str = option(
         "all", help="what gets experts: MLPs, attention, or all", choices=tuple(TARGETS), shapes_model=True
     )
@@ -133,31 +124,8 @@ class FusionMoEAlgorithm(MoEMethod):
             bounds=self.coefficient_bounds,
         )
 
-    def check_shapes(self, config: CLIPVisionConfig, num_tasks: int) -> None:
-        """See `MoEMethod.check_shapes`: also the rank against the width of the tower."""
-        super().check_shapes(config, num_tasks)
-        check_select_k(self.select_k, num_tasks * check_rank(self.rank_k, config))
-
-    def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
-        """See `Method.check`: also whether there is the device to decompose on."""
-        svd_device(self.svd_accelerator, torch.device("cpu"))
-        super().check(modelpool, taskpool)
-
-    def make_experts(self, path: str, task_vectors: Sequence[TaskVector], device: torch.device) -> LowRankExperts:
-        """See `MoEMethod.make_experts`."""
-        where, weight = svd_device(self.svd_accelerator, device), self.static_weight(len(task_vectors))
-        return LowRankExperts.from_task_vectors(task_vectors, self.rank_k, weight, where)
-
-    def experts_spec(self, num_tasks: int, in_features: int, out_features: int) -> dict[str, Any]:
-        """See `MoEMethod.experts_spec`."""
-        rank = min(in_features, out_features) if self.rank_k == -1 else self.rank_k
-        return low_rank_spec(num_tasks, rank, self.static_weight(num_tasks))
-
     def router_maker(self, generator: torch.Generator, num_tasks: int) -> MakeRouter:
-        """See `MoEMethod.router_maker`: between two layers a router is 2·K wide."""
-        weight = self.static_weight(num_tasks)
+        """See `MoEMethod.router_maker`: those of RankOne-MoE, or recurrent ones."""
         if self.router_state_width:
-            return recurrent_router_maker(self.router_state_width, weight, generator)
-        return lambda index, width, count: make_router(
-            self.router_hidden_layers, width, count, weight, hidden=2 * count, generator=generator
-        )
+            return recurrent_router_maker(self.router_state_width, self.static_weight(num_tasks), generator)
+        return super().router_maker(generator, num_tasks)

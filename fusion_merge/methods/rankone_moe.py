@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any
 
 import torch
 from transformers import CLIPVisionConfig
 
 from fusion_merge.methods.moe_base import MoEMethod
 from fusion_merge.models.ranks import check_rank, check_select_k, svd_device
-from fusion_merge.moe import LowRankExperts, SoftTopK, make_router
+from fusion_merge.moe import LowRankExperts, Selection, SoftTopK, make_router
 from fusion_merge.moe.experts import TaskVector, low_rank_spec
 from fusion_merge.moe.upcycle import MakeRouter
 from fusion_merge.options import option
@@ -20,7 +20,6 @@ from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
 from fusion_merge.registry import register_method
 
 
-@final
 @register_method("rankone_moe", aliases=("clip_rankone_moe", "rankone_wemoe", "clip_rankone_wemoe"))
 @dataclass(kw_only=True)
 class RankOneMoEAlgorithm(MoEMethod):
@@ -74,6 +73,6 @@ class RankOneMoEAlgorithm(MoEMethod):
             self.router_hidden_layers, width, count, weight, hidden=2 * count, generator=generator
         )
 
-    def make_selection(self) -> SoftTopK | None:
+    def make_selection(self) -> Selection | None:
         """See `MoEMethod.make_selection`."""
         return SoftTopK(self.select_k) if self.select_k > 0 else None

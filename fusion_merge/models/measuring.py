@@ -69,7 +69,8 @@ def measure(model: MergedCLIPVisionModel, task: str, batches: Iterable[Tensor]) 
     model.task_coefficients[index] = means.to(model.task_coefficients)
     if readable:
         kept = torch.stack([torch.cat(values)[:KEPT_IMAGES] for values in inputs.values()])  # (L, M, F + 1)
-        model.task_inputs = _with_inputs(model.task_inputs, kept, index, len(model.config.tasks))
+        here = kept.to(model.task_coefficients.device)
+        model.task_inputs = _with_inputs(model.task_inputs, here, index, len(model.config.tasks))
     if task not in model.config.measured_tasks:
         model.config.measured_tasks.append(task)
     return means

@@ -38,6 +38,15 @@ def find_blocks(model: nn.Module, targets: str = "mlp") -> dict[str, nn.Module]:
     return found
 
 
+def is_block(module: nn.Module) -> bool:
+    """Tell whether a module is an MLP or attention, routed or one that could be.
+
+    Args:
+        module: any module.
+    """
+    return isinstance(module, RoutedBlock) or _kind(module) is not None
+
+
 def plain_linears(block: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear layers of a plain block by name, in forward order.
 

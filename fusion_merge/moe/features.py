@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,6 +99,37 @@ def before_blocks(blocks: dict[str, RoutedBlock], do: Callable[[str, RoutedBlock
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def in_chunks(modules: Sequence[nn.Module], size: int) -> Iterator[None]:
+    """Let modules compute their outputs for a few samples at a time while the context lasts: the same, in less memory.
+
+    Hooks see whole batches. Where a module returns a tuple, what follows the first tensor is that of the first samples.
+
+    Args:
+        modules: what treats each sample by itself, such as MLPs and attention; the first argument is the batch.
+        size: samples at a time, at least 1.
+    """
+    before = [vars(module).get("forward") for module in modules]
+    for module in modules:
+        module.forward = partial(_chunked, module.forward, size)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def _chunked(forward: Callable[..., Any], size: int, *args: Any, **kwargs: Any) -> Any:
+    batch, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+    outputs = [forward(chunk, *args, **kwargs) for chunk in batch.split(size)]
+    if isinstance(outputs[0], tuple):
+        return (torch.cat([first for first, *_ in outputs]), *outputs[0][1:])
+    return torch.cat(outputs)
 
 
 def blocks_by_router(model: nn.Module) -> list[dict[str, RoutedBlock]]:

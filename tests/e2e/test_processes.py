@@ -19,7 +19,10 @@ from fusion_merge import CLIPVisionModelTaskPool
 from fusion_merge.pools.loaders import Placement, evaluation_loader
 
 STEPS = ["method.max_steps=3", "method.lr=0.01", "method.save_checkpoint=routers", "baselines=[zero_shot]"]
-SMALL = {"rankone_moe": ["method.rank_k=4", "method.select_k=5"], "fusion_moe": ["method.rank_k=4"]}
+SMALL = {
+    "rankone_moe": ["method.rank_k=4", "method.select_k=5"],
+    "fusion_moe": ["method.rank_k=4", "method.objective=expert_labels+infomax"],
+}
 TWO = ["fabric.accelerator=cpu", "fabric.devices=2", "fabric.strategy=ddp"]
 
 

@@ -53,6 +53,19 @@ def test_infomax_is_conditional_less_marginal_entropy(logits):
     torch.testing.assert_close(infomax(logits), -(p * p.log()).sum(-1).mean() - marginal)
 
 
+def test_the_mean_of_the_processes_gradients_of_infomax_is_that_of_the_whole_batch(logits):
+    whole = logits.clone().requires_grad_()
+    infomax(whole).backward()
+    means = [half.softmax(dim=-1).mean(dim=0) for half in logits.chunk(2)]
+    shares = [half.clone().requires_grad_() for half in logits.chunk(2)]
+    for share in shares:
+        (infomax(share, lambda _: (means[0] + means[1]) / 2) / 2).backward()
+    torch.testing.assert_close(torch.cat([share.grad for share in shares]), whole.grad)
+    alone = logits[:3].clone().requires_grad_()
+    (infomax(alone) / 2).backward()
+    assert (alone.grad - whole.grad[:3]).abs().max() > 1e-3  # a process that knew only its own images would be wrong
+
+
 def test_a_collapse_pays_under_entropy_and_not_under_infomax():
     """All images on one class, against each decided for its own: entropy cannot tell them apart."""
     collapsed = torch.zeros(8, 4, dtype=torch.float64)

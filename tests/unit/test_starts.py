@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fusion_merge import EWEMoEAlgorithm, RankOneMoEAlgorithm, WEMoEAlgorithm
+from fusion_merge.adaptation import starts
 from fusion_merge.adaptation.starts import projection_start, ridge_solution, ridge_start
 from fusion_merge.errors import AdaptationError, ConfigError
 from fusion_merge.methods.fusion_moe import FusionMoEAlgorithm
@@ -84,6 +85,29 @@ def test_one_pass_solves_what_pass_after_pass_would(modelpool, images):
     for own, expected in zip(moe_layers(one).values(), moe_layers(other).values(), strict=True):
         torch.testing.assert_close(own.router.out.weight, expected.router.out.weight, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(one(pixels).pooler_output, other(pixels).pooler_output, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("targets", ["mlp", "attention", "all"])
+def test_no_mlp_and_no_attention_sees_all_images_of_a_start_at_once(modelpool, images, targets, monkeypatch):
+    """But each router is solved from all of them, and the model is as it was but for its routers."""
+    monkeypatch.setattr(starts, "_CHUNK", 7)
+    model, same = (
+        FusionMoEAlgorithm(**SMALL, router_start="constant", targets=targets).run(modelpool) for _ in range(2)
+    )
+    sizes = []
+    for name, module in model.named_modules():
+        if name.endswith(("fc1", "q_proj")):
+            module.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
+    ridge_start(model, images)
+    assert set(sizes) == {7, 40 % 7}
+    monkeypatch.setattr(starts, "_CHUNK", 1000)
+    ridge_start(same, images)
+    for (name, value), expected in zip(model.named_parameters(), same.parameters(), strict=True):
+        torch.testing.assert_close(value, expected, atol=1e-3, rtol=1e-3, msg=name)
+    sizes.clear()
+    with torch.no_grad():
+        model(images["cats"])
+    assert set(sizes) == {20}
 
 
 def test_a_ridge_start_leaves_the_routing_as_it_was(modelpool, images):
