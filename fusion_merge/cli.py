@@ -284,12 +284,14 @@ def _output_dir(config: dict[str, Any]) -> Path:
 
 
 def _open(argument: str) -> str:
-    """Let overrides add names to the tables that users fill."""
+    """Let overrides add names to the tables that users fill, and take away what a null takes away."""
     key, equals, value = argument.partition("=")
     if equals and not key:
         raise ConfigError(f"`{argument}` has no key; write KEY=VALUE")
     if key in GROUPS and equals and value in ("", "null"):
         raise ConfigError(f"`{key}`={value or None} names no preset; choose one with `{key}=NAME`")
+    if key == "tuned" and equals and value in ("", "null"):
+        return "~tuned"
     below = key.startswith(tuple(f"{table}." for table in _OPEN_TABLES))
     whole = key in _OPEN_TABLES and value.startswith("{")
     return f"++{argument}" if below or whole else argument

@@ -118,8 +118,8 @@ def _check_addable(model: MergedCLIPVisionModel, name: str, ridge: float) -> Non
     for path, block in moe_layers(model.vision_model).items():
         if block.router.last_layer() is None:
             raise ModelError(
-                f"the {type(inner_router(block.router)).__name__} of `{path}` does not read its input by a last linear "
-                "layer, so that nothing can tell it of a new task; merge all tasks anew"
+                f"the {type(inner_router(block.router)).__name__} of `{path}` cannot be told of a new task, as linear "
+                "routers can; merge all tasks anew"
             )
     if not knows_inputs(model):
         raise ModelError(
