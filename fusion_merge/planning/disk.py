@@ -13,7 +13,7 @@ from fusion_merge.methods.clip_finetune import CLIPFinetuneAlgorithm
 from fusion_merge.planning.geometry import FLOAT
 from fusion_merge.planning.load import Parts
 from fusion_merge.planning.machine import disk_of, free_disk
-from fusion_merge.planning.memory import Load
+from fusion_merge.planning.needs import Load
 
 _REPORTS = 2 * 10**6
 _HEADERS = 100 * 10**3

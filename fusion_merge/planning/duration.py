@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from fusion_merge.planning.geometry import FLOAT, Geometry, ModelSize
 from fusion_merge.planning.machine import Speed
-from fusion_merge.planning.memory import Images, Load, Static, Training, gram_numbers, merges
+from fusion_merge.planning.needs import Images, Load, Static, Training
+from fusion_merge.planning.working import gram_numbers, merges
 
 _PICTURED = 128
 """Images of each task whose routing is drawn."""

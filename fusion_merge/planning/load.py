@@ -17,7 +17,7 @@ from fusion_merge.methods.regmean import RegMeanAlgorithm
 from fusion_merge.methods.static_base import StaticMethod
 from fusion_merge.planning.geometry import FLOAT, Geometry, model_size, plain_size, text_geometry, vision_geometry
 from fusion_merge.planning.machine import resident_now
-from fusion_merge.planning.memory import Images, Load, Static, Training
+from fusion_merge.planning.needs import Images, Load, Static, Training
 from fusion_merge.planning.problems import Problems
 from fusion_merge.pools.heads import prompts_of
 from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool

@@ -14,7 +14,8 @@ from fusion_merge.planning.duration import REPEATED, times
 from fusion_merge.planning.geometry import FLOAT, ModelSize
 from fusion_merge.planning.load import Parts, make_load, steps_of
 from fusion_merge.planning.machine import available_memory, measure_speed
-from fusion_merge.planning.memory import Load, Phase, memory_phases
+from fusion_merge.planning.memory import Phase, memory_phases
+from fusion_merge.planning.needs import Load
 from fusion_merge.planning.problems import Problems
 from fusion_merge.pools.datasets import ImageTask
 from fusion_merge.pools.loaders import fitting_workers

@@ -32,8 +32,10 @@ from fusion_merge.planning import machine, plan
 from fusion_merge.planning.duration import times
 from fusion_merge.planning.geometry import FLOAT, ModelSize, model_size, plain_size, vision_geometry
 from fusion_merge.planning.machine import Speed, available_memory, free_disk, resident_now
-from fusion_merge.planning.memory import Images, Load, Static, Training, grams, kept_for_backward, memory_phases
+from fusion_merge.planning.memory import memory_phases
+from fusion_merge.planning.needs import Images, Load, Static, Training
 from fusion_merge.planning.text import duration, size
+from fusion_merge.planning.working import grams, kept_for_backward
 from fusion_merge.pools.datasets import ImageTask
 from fusion_merge.pools.task_pool import model_info
 
