@@ -5,11 +5,23 @@ All is counted in bytes. On a GPU, what computes is there, and what is read or w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fusion_merge.planning.geometry import FLOAT
 from fusion_merge.planning.needs import Images, Load, Training
-from fusion_merge.planning.working import at_hand, building, evaluation, grams, kept_for_backward, prompts
+from fusion_merge.planning.working import (
+    asking,
+    at_hand,
+    building,
+    evaluation,
+    grams,
+    kept_for_backward,
+    measuring,
+    prompts,
+    regression,
+    starting,
+)
 
 LIBRARIES = "interpreter and libraries"
 
@@ -70,10 +82,11 @@ def memory_phases(load: Load) -> list[Phase]:
     if heads:
         phases.append(_phase(load, "making heads", heads | _cached(load, load.adapted), {"prompts": prompts(load)}))
     freed = 0
-    if load.training is not None:
-        working = _training(load, load.training)
-        phases.append(_phase(load, "adapting", heads | _cached(load, load.adapted), working))
-        freed = 0 if load.gpu else int(_KEPT * (sum(working.values()) - load.held))
+    for piece in _adaptation(load):
+        host = heads | _cached(load, load.adapted) | piece.host
+        phases.append(_phase(load, piece.name, host, piece.working, freed=freed))
+        if not load.gpu and piece.block < _LARGE:
+            freed = max(freed, int(_KEPT * (sum(piece.working.values()) - load.held)))
     left = _left(load)
     if load.saves:
         more = heads | _cached(load, load.adapted) | {"copies while saving": _copies(load)}
@@ -94,7 +107,9 @@ def _phase(
 
     What an earlier one freed stays in the process where blocks were small: the next takes from there, mostly.
     """
-    model, base = {"model": load.model.bytes}, {LIBRARIES: load.base + _MORE_LIBRARIES, "mapped files": load.mapped}
+    measured = name in ("measuring", "saving", "evaluating", "baselines")
+    model = {"model": load.model.bytes if measured else load.model.built_bytes}
+    base = {LIBRARIES: load.base + _MORE_LIBRARIES, "mapped files": load.mapped}
     if load.gpu and not on_host:
         return Phase(name, _there(base | host), _there({"CUDA": _GPU, **model, **working}))
     needed = sum(working.values())
@@ -110,10 +125,51 @@ def _there(parts: dict[str, int]) -> dict[str, int]:
     return {name: part for name, part in parts.items() if part}
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """A phase between building and saving.
+
+    Attributes:
+        name: of the phase.
+        host: bytes in the process, wherever it computes.
+        working: bytes where it computes.
+        block: bytes of its largest blocks, where these go back to the system if they are large.
+    """
+
+    name: str
+    host: dict[str, int]
+    working: dict[str, int]
+    block: int = 0
+
+
+def _adaptation(load: Load) -> Iterator[_Piece]:
+    """Give the phases of adaptation: those that there are."""
+    if load.started_from:
+        yield _starting(load)
+    if load.training is not None and load.training.asked:
+        expert = {"expert": FLOAT * load.tower.numbers}
+        working = expert | {"activations": asking(load, load.training), "task vectors": load.held}
+        answers = {"answers of experts": load.answers}
+        yield _Piece("asking experts", answers | (expert if load.gpu else {}), working)
+    if load.training is not None:
+        yield _Piece("adapting", {"answers of experts": load.answers}, _training(load, load.training))
+    if load.adapted and load.model.kind is not None:
+        yield _Piece("measuring", {}, _left(load) | {"activations": measuring(load)})
+
+
+def _starting(load: Load) -> _Piece:
+    """Return the phase in which routers start: images as they were read, and in one batch."""
+    pixels, between = (FLOAT * load.started_from * n for n in (load.tower.inputs, load.tower.tokens * load.tower.width))
+    solving = {"regression": regression(load)}
+    host = solving | ({"images to start from": pixels} if load.gpu else {})
+    working = {"images to start from": 2 * pixels, "activations": starting(load)}
+    return _Piece("starting routers", host, working, block=between)
+
+
 def _training(load: Load, training: Training) -> dict[str, int]:
     """Return what a step works with."""
     kept = training.tasks * kept_for_backward(load.tower, load.model, training)
-    wide = training.batch_size * load.tower.tokens * load.tower.hidden * FLOAT
+    wide = training.together * training.batch_size * load.tower.tokens * load.tower.hidden * FLOAT
     trained = load.model.bytes if training.whole else load.model.router_bytes
     return {
         "activations": kept + at_hand(load.tower, training),

@@ -7,6 +7,12 @@ from dataclasses import dataclass, field
 from fusion_merge.planning.geometry import FLOAT, Geometry, ModelSize
 from fusion_merge.pools.images import CACHE_BYTES
 
+MEASURED = 64
+"""Images of each task by which a routed model is measured after adaptation."""
+
+ASKED_TOGETHER = 64
+"""Images that an expert looks at together."""
+
 
 @dataclass(frozen=True)
 class Images:
@@ -16,11 +22,13 @@ class Images:
         count: how many.
         bytes: of one when it is preprocessed.
         used: how many are scored, which may be fewer.
+        classes: of the task.
     """
 
     count: int
     bytes: int
     used: int
+    classes: int = 0
 
     @property
     def cached(self) -> int:
@@ -36,22 +44,33 @@ class Training:
     Attributes:
         batch_size: images of each task a step.
         tasks: whose graphs are alive at a time.
+        together: tasks whose batches are one batch of the model.
         batches: that are at hand at a time.
         batch_routing: whether a batch shares one merged weight.
         state: tensors that the optimiser keeps of each trained one, its gradient and its earlier value included.
         whole: whether the whole tower is trained, not routers alone.
         vectors: task vectors that are merged anew in each pass; 0 where none are.
-        asked: whether each task's own expert is asked about every image.
+        asked: images of each task that are seen, about which its own expert is asked first; 0 where none is.
     """
 
     batch_size: int
     tasks: int = 1
+    together: int = 1
     batches: int = 1
     batch_routing: bool = True
     state: int = 4
     whole: bool = False
     vectors: int = 0
-    asked: bool = False
+    asked: int = 0
+
+    def asked_of(self, images: Images) -> int:
+        """Return how many of a task's images its expert looks at: whole batches of them, each image once.
+
+        Args:
+            images: the task's images.
+        """
+        seen = min(images.count, self.asked)
+        return min(images.count, -(-seen // ASKED_TOGETHER) * ASKED_TOGETHER)
 
 
 @dataclass(frozen=True)
@@ -85,6 +104,7 @@ class Load:
         all_prompts: how many all tasks have.
         adapted: images that are trained on, by task.
         scored: images that are scored on, by task.
+        start_images: of each task, that routers start from; 0 where they start without.
         training: how something is trained, if it is.
         static: what else is done to build the model, if it is a static one.
         evaluation_batch: images a batch; 0 without evaluation.
@@ -107,6 +127,7 @@ class Load:
     all_prompts: int = 0
     adapted: dict[str, Images] = field(default_factory=dict)
     scored: dict[str, Images] = field(default_factory=dict)
+    start_images: int = 0
     training: Training | None = None
     static: Static | None = None
     evaluation_batch: int = 0
@@ -118,3 +139,15 @@ class Load:
     gpu: bool = False
     mapped: int = 0
     held: int = 0
+
+    @property
+    def started_from(self) -> int:
+        """Images of all tasks that routers start from."""
+        return sum(min(images.count, self.start_images) for images in self.adapted.values())
+
+    @property
+    def answers(self) -> int:
+        """Bytes of what experts said, which is kept until adaptation ends."""
+        if self.training is None:
+            return 0
+        return FLOAT * sum(images.classes * self.training.asked_of(images) for images in self.adapted.values())

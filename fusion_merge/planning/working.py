@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from fusion_merge.planning.geometry import FLOAT, Geometry, ModelSize
-from fusion_merge.planning.needs import Load, Training
+from fusion_merge.planning.needs import ASKED_TOGETHER, MEASURED, Load, Training
 
 _PROMPTS = 256
 """Prompts that go through the text tower at a time."""
+
+CHUNK = 32
+"""Images that a block takes at a time while routers start."""
+
+_BETWEEN = 5
+"""Tensors of the width of the tower that are alive between its blocks, and are of all images while routers start."""
 
 _COPIES = 4
 """Copies of all models' task vectors of one tensor that a static merge works with, at most."""
@@ -95,10 +101,10 @@ def at_hand(tower: Geometry, training: Training) -> int:
         tower: the shape.
         training: how.
     """
-    tokens = training.batch_size * tower.tokens
-    return FLOAT * (
-        4 * tokens * tower.hidden + 2 * tower.matrix + training.batches * training.batch_size * tower.inputs
-    )
+    tokens = training.together * training.batch_size * tower.tokens
+    copied = training.together if training.together > 1 else 0  # where several batches become one
+    images = (training.batches + copied) * training.batch_size
+    return FLOAT * (4 * tokens * tower.hidden + 2 * tower.matrix + images * tower.inputs)
 
 
 def merges(tower: Geometry, model: ModelSize, tokens: int, batch_routing: bool) -> bool:
@@ -120,14 +126,70 @@ def evaluation(load: Load, *, routed: bool = True) -> int:
         load: what memory depends on.
         routed: whether the model is a routed one; a plain tower otherwise.
     """
-    tower, largest = load.tower, max((i.used for i in load.scored.values()), default=0)
-    batch = min(load.evaluation_batch, largest)
-    tokens = batch * tower.tokens
+    largest = max((images.used for images in load.scored.values()), default=0)
+    return without_gradients(load, min(load.evaluation_batch, largest), routed=routed)
+
+
+def measuring(load: Load) -> int:
+    """Return what measuring a task works with: a pass, and what routers read, which is copied to take in one more task.
+
+    Args:
+        load: what memory depends on.
+    """
+    largest = max((min(images.count, MEASURED) for images in load.adapted.values()), default=0)
+    return without_gradients(load, largest) + load.model.input_bytes
+
+
+def asking(load: Load, training: Training) -> int:
+    """Return what an expert works with.
+
+    Args:
+        load: what memory depends on.
+        training: what its answers are for.
+    """
+    largest = max((training.asked_of(images) for images in load.adapted.values()), default=0)
+    return without_gradients(load, min(ASKED_TOGETHER, largest), routed=False)
+
+
+def without_gradients(load: Load, images: int, *, routed: bool = True) -> int:
+    """Return what a forward pass without gradients works with, its images included.
+
+    Args:
+        load: what memory depends on.
+        images: in the batch.
+        routed: whether the model is a routed one; a plain tower otherwise.
+    """
+    tower = load.tower
     mlp = 3 * tower.hidden + 2 * tower.width
     if routed and load.model.kind == "low_rank":
         mlp += 2 * load.model.coefficients
-    working = tokens * max(mlp, 6 * tower.width) + 2 * batch * tower.inputs
+    working = images * tower.tokens * max(mlp, 6 * tower.width) + 2 * images * tower.inputs
     return FLOAT * (working + (2 * tower.matrix if routed and load.batch_routing else 0))
+
+
+def starting(load: Load) -> int:
+    """Return what the pass works with in which routers start, all images in one batch; images are not counted.
+
+    Blocks take a chunk of the images at a time; what is between them, and what routers read, is there for all.
+
+    Args:
+        load: what memory depends on.
+    """
+    tower, images = load.tower, load.started_from
+    block = max((1 + tower.kept_by_activation) * tower.hidden, 6 * tower.width) - tower.width
+    working = images * _BETWEEN * tower.width + min(images, CHUNK) * block  # of which the last chunk has no output yet
+    reading = images * (3 * tower.width + 2 * max(load.model.router_widths, default=0))  # before a block
+    return FLOAT * tower.tokens * max(working, reading)
+
+
+def regression(load: Load) -> int:
+    """Return what the ridge regression of one block works with: features and covariance, in double precision.
+
+    Args:
+        load: what memory depends on.
+    """
+    width = load.model.router_inputs - 1
+    return 2 * FLOAT * (3 * load.started_from * width + 2 * width**2)
 
 
 def prompts(load: Load) -> int:
