@@ -74,6 +74,24 @@ def read_about(path: Path | str, what: str) -> dict[str, Any]:
     return _read(path, what, tensors=False)[1]
 
 
+def read_shapes(path: Path | str, what: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a file's tensors by name, from its header alone.
+
+    Args:
+        path: what `write_sealed` wrote.
+        what: how errors call the file.
+
+    Raises:
+        CheckpointError: if the file cannot be read.
+    """
+    file = Path(path).expanduser()
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"cannot read {what} `{file}`: {reason(error)}") from error
+
+
 def read_sealed(path: Path | str, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a file and what they are about.
 

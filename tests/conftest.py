@@ -19,7 +19,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
-pytest.register_assert_rewrite("helpers", "hub", "runs")
+pytest.register_assert_rewrite("helpers", "hub", "plans", "runs")
 
 from helpers import TASKS, write_processor
 from PIL import Image

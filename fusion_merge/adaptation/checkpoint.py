@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fusion_merge.errors import CheckpointError
 from fusion_merge.models.merged import MergedCLIPVisionModel
 from fusion_merge.moe import moe_layers
-from fusion_merge.sealed import checksum, read_about, read_sealed, write_sealed
+from fusion_merge.sealed import checksum, read_about, read_sealed, read_shapes, write_sealed
 
 FORMAT = 1
 _MEASURED = "task_coefficients"
@@ -134,6 +134,19 @@ def load_coefficients(path: Path | str, model: MergedCLIPVisionModel) -> None:
         model.config.measured_tasks = list(measured["tasks"])
         if _INPUTS in tensors:
             model.task_inputs = tensors[_INPUTS].to(model.task_coefficients)
+
+
+def images_read(path: Path | str) -> int:
+    """Return of how many images a task a router checkpoint holds what routers read of them, from its header alone.
+
+    Args:
+        path: what `save_trained` wrote.
+
+    Raises:
+        CheckpointError: if the file cannot be read.
+    """
+    shape = read_shapes(path, called("routers")).get(_INPUTS, ())  # (N, L, M, F + 1)
+    return shape[2] if len(shape) == 4 else 0
 
 
 def check_belongs(path: Path | str, what: str, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

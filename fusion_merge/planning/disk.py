@@ -13,7 +13,7 @@ from fusion_merge.methods.clip_finetune import CLIPFinetuneAlgorithm
 from fusion_merge.planning.geometry import FLOAT
 from fusion_merge.planning.load import Parts
 from fusion_merge.planning.machine import disk_of, free_disk
-from fusion_merge.planning.memory import Load
+from fusion_merge.planning.needs import Load
 
 _REPORTS = 2 * 10**6
 _HEADERS = 100 * 10**3
@@ -51,13 +51,12 @@ def writings(parts: Parts, load: Load, config: Mapping[str, Any], output_dir: Pa
     method, runs = parts.method, parts.runs
     found = [_writing("reports and logs", output_dir, runs * _REPORTS)]
     if folder := config.get("merged_model_save_path"):
-        found.append(_writing("merged model", folder, runs * (load.model.bytes + _HEADERS)))
+        found.append(_writing("merged model", folder, runs * (load.model.bytes + load.model.described + _HEADERS)))
     if isinstance(method, AdaptedMethod):
         if method.save_checkpoint:
             what = called(method.adapted_part)
             found.append(_writing(what, method.save_checkpoint, runs * router_checkpoint(load)))
-        adapts = load.training is not None and method.max_steps > 0
-        if adapts and method.cache_dir is not None and not method.fast_dev_run:
+        if load.training is not None and method.cache_dir is not None and not method.fast_dev_run:
             kept = (4 if method.optimizer != "sgd" else 2) + (num_tasks if method.guard == "rollback" else 0)
             state = kept * load.model.router_bytes + 8 * num_tasks * method.max_steps + _HEADERS
             # a new one is written before the earlier one goes
@@ -75,7 +74,7 @@ def router_checkpoint(load: Load) -> int:
         load: what the run consists of.
     """
     coefficients = FLOAT * load.num_models * len(load.model.router_widths) * load.model.coefficients
-    return load.model.router_bytes + coefficients + _HEADERS
+    return load.model.router_bytes + coefficients + load.model.input_bytes + _HEADERS
 
 
 def _writing(what: str, path: Any, size: int) -> Writing:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from fusion_merge.planning.geometry import FLOAT, Geometry, ModelSize
 from fusion_merge.planning.machine import Speed
-from fusion_merge.planning.memory import Images, Load, Static, Training, gram_numbers, merges
+from fusion_merge.planning.needs import ASKED_TOGETHER, MEASURED, Images, Load, Static, Training
+from fusion_merge.planning.working import CHUNK, gram_numbers, merges
 
 _PICTURED = 128
 """Images of each task whose routing is drawn."""
 
-_MEASURED = 64
-"""Images of each task by which its mean coefficients are measured after adaptation."""
-
-REPEATED = ("adapting", "evaluating", "baselines", "pictures")
+REPEATED = ("starting routers", "asking experts", "adapting", "measuring", "evaluating", "baselines", "pictures")
 """The phases of each run, where a protocol has several."""
 
 START = 6.0
@@ -68,15 +66,16 @@ def times(load: Load, speed: Speed, *, steps: int, workers: int, processes: int 
     found = {"start": START, "building": building_time(load, speed)}
     if load.clip is not None:
         found["making heads"] = _heads(load, speed)
+    if load.started_from:
+        found["starting routers"] = starting_time(load, speed)
     if load.training is not None and load.training.asked:
-        batches = steps * load.training.batches
-        found["asking experts"] = batches * forward_time(load.tower, speed, load.training.batch_size)
+        found["asking experts"] = asking_time(load, load.training, speed)
     if load.training is not None and steps:
         found["adapting"] = steps * step_time(load.tower, load.model, load.training, speed) + _decoded(
             load.adapted, speed, load.training.batch_size * steps
         )
-        if load.model.kind is not None:
-            found["adapting"] += _looked_at(load, load.adapted, _MEASURED, speed)
+    if load.adapted and load.model.kind is not None:
+        found["measuring"] = _looked_at(load, load.adapted, MEASURED, speed)
     if load.evaluation_batch:
         found["evaluating"] = (
             load.scorings * _evaluation(load, speed, workers, routed=load.model.kind is not None) / processes
@@ -138,6 +137,39 @@ def _routed(
     gradient = tokens * weights / speed.products
     merged = 0.0 if batch_routing else _MERGING * images * model.coefficients * weights / speed.products
     return (read + merged) + backward * (gradient + (read if batch_routing else read + 2 * merged))
+
+
+def starting_time(load: Load, speed: Speed) -> float:
+    """Return the time until routers are started: a pass of all images, and a ridge regression in each block.
+
+    Args:
+        load: what the run consists of.
+        speed: of this machine.
+    """
+    model, images, width = load.model, load.started_from, load.model.router_inputs - 1
+    chunks = images / CHUNK
+    added = chunks * _routed(load.tower, model, CHUNK, batch_routing=False, speed=speed, backward=False)
+    solved = images * width**2 + width**3 / 3 + 2 * images * width * len(load.adapted)  # covariance, and its factors
+    solving = 2 * len(model.router_widths) * solved / speed.products  # in double precision, each as long as two
+    decoded = sum(min(i.count, load.start_images) for i in load.adapted.values() if not i.cached) * speed.decoding
+    kept = _decoded({name: i for name, i in load.adapted.items() if i.cached}, speed) if load.training is None else 0.0
+    return chunks * forward_time(load.tower, speed, CHUNK) + added + solving + decoded + kept
+
+
+def asking_time(load: Load, training: Training, speed: Speed) -> float:
+    """Return the time in which every task's own expert looks at the images that will be seen, each once.
+
+    Args:
+        load: what the run consists of.
+        training: what the answers are for.
+        speed: of this machine.
+    """
+    found = len(load.adapted) * load.tower.numbers * FLOAT / _READING
+    for images in load.adapted.values():
+        looked = training.asked_of(images)
+        found += looked / ASKED_TOGETHER * forward_time(load.tower, speed, ASKED_TOGETHER)
+        found += 0.0 if images.cached else looked * speed.decoding
+    return found
 
 
 def building_time(load: Load, speed: Speed) -> float:

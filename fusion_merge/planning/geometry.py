@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +18,17 @@ from fusion_merge.models.merged import MergedCLIPVisionModel
 from fusion_merge.moe import MoEAttention, moe_layers
 from fusion_merge.moe.layer import router_parameters
 from fusion_merge.moe.projection import projection_layers
+from fusion_merge.moe.router import Router
 from fusion_merge.pools.task_pool import model_info
 
 FLOAT = 4
 """Bytes of a float32."""
+
+_DESCRIBED = 90
+"""Bytes that a file spends on the kind, shape and place of a tensor, beside its name."""
+
+_INDENT = 12
+"""Bytes around a class name in a configuration."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +128,18 @@ class ModelSize:
         parameters: all of them.
         trainable: those of the routers.
         experts: those of the expert banks.
-        bytes: of all tensors, in memory and on disk alike.
+        bytes: of all tensors, in memory and on disk alike; heads, and what routers read, are among them.
         router_bytes: of what is trained.
         kind: of the banks: dense, sparse, low_rank; None for a plain tower.
         coefficients: K, of one layer.
         router_widths: for each layer, the numbers that its router keeps of one token for the backward pass.
+        router_inputs: the numbers that the last layer of a router reads of an image, one for its bias among them; 0
+            where not every router ends in such a layer.
         attentions: routed attention blocks; the others are MLPs.
         passes: what a forward pass multiplies beside a plain tower's, where it is no routed MLP that adds to it.
+        head_bytes: of the heads of its tasks.
+        input_bytes: of what its routers read of some images of each task.
+        described: bytes of the names and shapes of all tensors, and of its configuration, where it has one of its own.
     """
 
     parameters: int
@@ -137,8 +150,44 @@ class ModelSize:
     kind: str | None = None
     coefficients: int = 0
     router_widths: tuple[int, ...] = ()
+    router_inputs: int = 0
     attentions: int = 0
     passes: float = 1.0
+    head_bytes: int = 0
+    input_bytes: int = 0
+    described: int = 0
+
+    @property
+    def built_bytes(self) -> int:
+        """Bytes before the model is given heads and measured."""
+        return self.bytes - self.head_bytes - self.input_bytes
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads that a merged model holds of its tasks.
+
+    Attributes:
+        width: D, of the vision tower.
+        projection: P, the width of the common space.
+        classnames: of each task that has a head.
+    """
+
+    width: int
+    projection: int
+    classnames: Mapping[str, Sequence[str]]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors: projection and logit scale once, and the embeddings of all classes."""
+        classes = sum(len(names) for names in self.classnames.values())
+        return FLOAT * (self.projection * (self.width + classes) + 1) if self.classnames else 0
+
+    @property
+    def text(self) -> int:
+        """Bytes of what describes them on disk."""
+        names = [name for names in self.classnames.values() for name in names]
+        return _DESCRIBED * (2 * len(self.classnames) + 2) + sum(len(json.dumps(name)) + _INDENT for name in names)
 
 
 def plain_size(geometry: Geometry) -> ModelSize:
@@ -150,13 +199,17 @@ def plain_size(geometry: Geometry) -> ModelSize:
     return ModelSize(geometry.numbers, 0, 0, FLOAT * geometry.numbers)
 
 
-def model_size(method: Method, config: CLIPVisionConfig, num_tasks: int) -> ModelSize:
+def model_size(
+    method: Method, config: CLIPVisionConfig, num_tasks: int, *, heads: Heads | None = None, images: int = 0
+) -> ModelSize:
     """Return the size of the model that a method makes, from its skeleton.
 
     Args:
         method: the method.
         config: the tower's configuration.
         num_tasks: N.
+        heads: those that the model is given, if it is of a kind that holds some.
+        images: of each task, of which it keeps what its routers read, where they end in a layer that reads something.
 
     Raises:
         ConfigError: if the options do not fit that tower or number of tasks.
@@ -166,15 +219,22 @@ def model_size(method: Method, config: CLIPVisionConfig, num_tasks: int) -> Mode
         return plain_size(vision_geometry(config))
     info = model_info(model)
     if not isinstance(model, MergedCLIPVisionModel) or not model.config.moe:
-        return ModelSize(
+        size = ModelSize(
             parameters=int(info["all_params"]),
             trainable=int(info["trainable_params"]),
             experts=0,
             bytes=FLOAT * int(info["all_params"]),
             passes=_passes(model),
         )
-    layers = moe_layers(model.vision_model).values()
-    first = next(iter(layers))
+        return _holding(size, model, heads) if isinstance(model, MergedCLIPVisionModel) else size
+    size = _routed_size(model)
+    read = num_tasks * len(size.router_widths) * images * size.router_inputs
+    return _holding(size, model, heads, FLOAT * read)
+
+
+def _routed_size(model: MergedCLIPVisionModel) -> ModelSize:
+    """Return the size of a model with routed blocks, as it is built."""
+    info, layers = model_info(model), list(moe_layers(model.vision_model).values())
     banks = [linear.experts for layer in layers for linear in layer.linears().values()]
     return ModelSize(
         parameters=int(info["all_params"]),
@@ -183,10 +243,25 @@ def model_size(method: Method, config: CLIPVisionConfig, num_tasks: int) -> Mode
         bytes=sum(t.numel() * t.element_size() for t in model.own_state().values()),
         router_bytes=sum(p.numel() * p.element_size() for p in router_parameters(model.vision_model)),
         kind=str(banks[0].spec()["kind"]),
-        coefficients=first.num_coefficients,
+        coefficients=layers[0].num_coefficients,
         router_widths=tuple(_kept_by_router(layer.router.spec()) for layer in layers),
+        router_inputs=_read_by_routers([layer.router for layer in layers]),
         attentions=sum(isinstance(layer, MoEAttention) for layer in layers),
     )
+
+
+def _holding(size: ModelSize, model: MergedCLIPVisionModel, heads: Heads | None, inputs: int = 0) -> ModelSize:
+    """Return the size of a merged model with all that it holds beside its tower, and of what describes it on disk."""
+    held = heads.bytes if heads is not None else 0
+    names = sum(len(name) + _DESCRIBED for name in model.own_state())
+    text = names + len(model.config.to_json_string()) + (heads.text if heads is not None else 0)
+    return replace(size, bytes=size.bytes + held + inputs, head_bytes=held, input_bytes=inputs, described=text)
+
+
+def _read_by_routers(routers: Sequence[Router]) -> int:
+    last = [router.last_layer() for router in routers]
+    widths = [layer.in_features + 1 for layer in last if layer is not None]
+    return max(widths) if len(widths) == len(routers) else 0
 
 
 def _kept_by_router(spec: Mapping[str, Any]) -> int:

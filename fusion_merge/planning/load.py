@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fusion_merge.adaptation.checkpoint import images_read
 from fusion_merge.errors import FusionMergeError
 from fusion_merge.methods.adamerging_base import AdaMergingMethod
 from fusion_merge.methods.base import Method
@@ -15,9 +17,18 @@ from fusion_merge.methods.clip_finetune import CLIPFinetuneAlgorithm
 from fusion_merge.methods.moe_base import MoEMethod
 from fusion_merge.methods.regmean import RegMeanAlgorithm
 from fusion_merge.methods.static_base import StaticMethod
-from fusion_merge.planning.geometry import FLOAT, Geometry, model_size, plain_size, text_geometry, vision_geometry
+from fusion_merge.models.measuring import KEPT_IMAGES
+from fusion_merge.planning.geometry import (
+    FLOAT,
+    Geometry,
+    Heads,
+    model_size,
+    plain_size,
+    text_geometry,
+    vision_geometry,
+)
 from fusion_merge.planning.machine import resident_now
-from fusion_merge.planning.memory import Images, Load, Static, Training
+from fusion_merge.planning.needs import Images, Load, Static, Training
 from fusion_merge.planning.problems import Problems
 from fusion_merge.pools.heads import prompts_of
 from fusion_merge.pools.model_pool import PRETRAINED, CLIPVisionModelPool
@@ -63,11 +74,12 @@ def make_load(parts: Parts, config: Mapping[str, Any], problems: Problems) -> Lo
     method, modelpool, taskpool = parts.method, parts.modelpool, parts.taskpool
     base = resident_now()
     tower = vision_geometry(modelpool.config())
+    adapted = _images(parts.pools, tower)
     size = plain_size(tower)
     if modelpool.model_names:
-        size = model_size(method, modelpool.config(), len(modelpool.model_names))
+        held: dict[str, Any] = {"heads": _heads(parts), "images": _kept_images(method, adapted)}
+        size = model_size(method, modelpool.config(), len(modelpool.model_names), **held)
     names = taskpool.task_names if taskpool is not None else []
-    adapted = _images(parts.pools, tower)
     scored = _images({name: taskpool for name in names if taskpool is not None}, tower)
     if isinstance(method, CLIPFinetuneAlgorithm):
         scored = {name: images for name, images in scored.items() if name in adapted}
@@ -86,6 +98,7 @@ def make_load(parts: Parts, config: Mapping[str, Any], problems: Problems) -> Lo
         all_prompts=sum(counts),
         adapted=adapted,
         scored=scored,
+        start_images=_start_images(method),
         training=_training(method, len(adapted)) if adapted else None,
         static=_static(method, len(modelpool.model_names)),
         evaluation_batch=taskpool.batch_size if taskpool is not None and scored else 0,
@@ -100,6 +113,33 @@ def make_load(parts: Parts, config: Mapping[str, Any], problems: Problems) -> Lo
     )
 
 
+def _heads(parts: Parts) -> Heads | None:
+    """Return the heads that a merged model is given: those of merged tasks that are scored; None without any."""
+    pool = parts.taskpool
+    config: Any = pool.clip_config() if pool is not None else None
+    if pool is None or config is None:  # only making the CLIP model would tell its shape
+        return None
+    classnames = {}
+    for name in parts.modelpool.model_names:
+        if name not in pool.task_names:
+            continue
+        with suppress(FusionMergeError):  # noted before
+            classnames[name] = pool.task(name).classnames
+    return Heads(config.vision_config.hidden_size, config.projection_dim, classnames)
+
+
+def _kept_images(method: Method, adapted: Mapping[str, Images]) -> int:
+    """Return of how many images of each task the model keeps what its routers read: after adaptation, or as loaded."""
+    if not isinstance(method, MoEMethod):
+        return 0
+    if method.checkpoint:
+        try:
+            return images_read(str(method.checkpoint))
+        except FusionMergeError:  # noted before
+            return 0
+    return max((min(images.count, KEPT_IMAGES) for images in adapted.values()), default=0)
+
+
 def steps_of(method: Method, tasks: int) -> int:
     """Return how many steps of training a method takes.
 
@@ -107,7 +147,8 @@ def steps_of(method: Method, tasks: int) -> int:
         method: the method.
         tasks: that it trains on.
     """
-    steps = 1 if getattr(method, "fast_dev_run", False) else int(getattr(method, "max_steps", 0))
+    steps = int(getattr(method, "max_steps", 0))
+    steps = min(1, steps) if getattr(method, "fast_dev_run", False) else steps
     return steps * tasks if isinstance(method, CLIPFinetuneAlgorithm) else steps
 
 
@@ -119,25 +160,38 @@ def _images(pools: Mapping[str, CLIPVisionModelTaskPool], tower: Geometry) -> di
             count = len(pool.task(name))
         except FusionMergeError:  # noted before
             continue
-        found[name] = Images(count, FLOAT * tower.inputs, min(count, pool.batch_size) if pool.fast_dev_run else count)
+        used = min(count, pool.batch_size) if pool.fast_dev_run else count
+        found[name] = Images(count, FLOAT * tower.inputs, used, len(pool.task(name).classnames))
     return found
+
+
+def _start_images(method: Method) -> int:
+    if not isinstance(method, MoEMethod) or method.router_start != "ridge" or method.checkpoint:
+        return 0
+    return method.start_images
 
 
 def _training(method: Method, tasks: int) -> Training | None:
     if isinstance(method, CLIPFinetuneAlgorithm):
         return Training(method.batch_size, state=3, whole=True)
-    if isinstance(method, AdaMergingMethod):
-        alive = 1 if method.use_grad_accumulate else tasks
-        return Training(method.batch_size, tasks=alive, batches=tasks, state=1 + alive, whole=True, vectors=tasks)
-    if not isinstance(method, MoEMethod):
+    steps = steps_of(method, tasks)
+    if not isinstance(method, AdaMergingMethod | MoEMethod) or not steps:
         return None
+    alive = 1 if method.use_grad_accumulate and not method.mixed_tasks else tasks
+    common: dict[str, Any] = {
+        "tasks": alive,
+        "together": tasks if method.mixed_tasks else 1,
+        "batches": tasks,
+        "asked": steps * method.batch_size if method.asks_experts else 0,
+    }
+    if isinstance(method, AdaMergingMethod):
+        merges = 1 if method.mixed_tasks else alive  # each pass has one of its own
+        return Training(method.batch_size, state=1 + merges, whole=True, vectors=tasks, **common)
     return Training(
         method.batch_size,
-        tasks=1 if method.use_grad_accumulate and not method.mixed_tasks else tasks,
-        batches=tasks,
         batch_routing=method.batch_reduce,
         state=(2 if method.optimizer == "sgd" else 4) + (tasks if method.guard == "rollback" else 0),
-        asked=method.asks_experts,
+        **common,
     )
 
 

@@ -14,7 +14,8 @@ from fusion_merge.planning.duration import REPEATED, times
 from fusion_merge.planning.geometry import FLOAT, ModelSize
 from fusion_merge.planning.load import Parts, make_load, steps_of
 from fusion_merge.planning.machine import available_memory, measure_speed
-from fusion_merge.planning.memory import Load, Phase, memory_phases
+from fusion_merge.planning.memory import Phase, memory_phases
+from fusion_merge.planning.needs import Load
 from fusion_merge.planning.problems import Problems
 from fusion_merge.pools.datasets import ImageTask
 from fusion_merge.pools.loaders import fitting_workers
@@ -153,15 +154,12 @@ def _seconds(parts: Parts, load: Load, problems: Problems) -> dict[str, float]:
 def _warnings(plan: Plan) -> list[str]:
     """Return what the run may fail for on this machine as it is now."""
     found = []
-    for where, peak, way_out in (
-        ("host", plan.processes * plan.peak + plan.workers_bytes, "smaller batches, or `baselines=[]`"),
-        ("device", plan.device_peak, "smaller batches"),
-    ):
+    for where, peak in (("host", plan.processes * plan.peak + plan.workers_bytes), ("device", plan.device_peak)):
         free = plan.available.get(where)
         if free is not None and peak > free:
             found.append(
                 f"memory: the run needs about {peak / 1e9:.1f} GB at its peak, and {free / 1e9:.1f} GB are free on the "
-                f"{where}; try `method.use_grad_accumulate=true`, {way_out}"
+                f"{where}; try {_way_out(plan, where)}"
             )
     disks: dict[int, list[Writing]] = {}
     for writing in plan.writings:
@@ -175,3 +173,12 @@ def _warnings(plan: Plan) -> list[str]:
                 "make room, or name other places"
             )
     return found
+
+
+def _way_out(plan: Plan, where: str) -> str:
+    """Return what makes the largest phase smaller."""
+    sizes = {p.name: p.host_bytes if where == "host" else p.device_bytes for p in plan.phases}
+    if max(sizes, key=sizes.__getitem__) == "starting routers":
+        return "a smaller `method.start_images`"
+    less = "`method.use_grad_accumulate=true` and `method.mixed_tasks=false`, smaller batches"
+    return f"{less}, or `baselines=[]`" if where == "host" else less

@@ -7,6 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fusion_merge.planning.geometry import ModelSize
 from fusion_merge.planning.plan import Plan
 
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -95,10 +96,17 @@ def _model(plan: Plan) -> str:
         rows += [
             ["trainable", f"{model.trainable:,} ({share:.2f} %)"],
             ["experts", f"{model.experts:,} ({model.kind.replace('_', ' ')})"],
-            ["router checkpoint", size(model.router_bytes)],
+            ["routers", size(model.router_bytes)],
         ]
-    rows.insert(-1 if model.kind else 1, ["in memory and on disk", size(model.bytes)])
+    rows.insert(-1 if model.kind else 1, ["in memory and on disk", f"{size(model.bytes)}{_held(model)}"])
     return tabulate([["model", "", ""], *(["", *row] for row in rows)], tablefmt="plain", disable_numparse=True)
+
+
+def _held(model: ModelSize) -> str:
+    """Return how much of a model is no weight of its tower."""
+    held = {"heads": model.head_bytes, "what routers read": model.input_bytes}
+    parts = [f"{what} {size(part)}" for what, part in held.items() if part]
+    return f", of which {', '.join(parts)}" if parts else ""
 
 
 def _memory(plan: Plan) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import TASKS
-from runs import Finished, files_in, own_pool, random_tower, run_cli
+from plans import RANK, SMALL, planned, random_model, tower_config
+from runs import files_in, own_pool, random_tower, run_cli
 from transformers import CLIPVisionConfig
 
 from fusion_merge import (
@@ -23,22 +24,19 @@ from fusion_merge import (
 )
 from fusion_merge.merging.regression import Regression, input_grams
 from fusion_merge.methods.moe_base import MoEMethod
-from fusion_merge.models.clip import empty_tower, pooled_output, save_tower, vision_backbone
+from fusion_merge.models.clip import pooled_output, save_tower, vision_backbone
 from fusion_merge.models.sources import LazyState
 from fusion_merge.models.tensor_names import linear_weights
-from fusion_merge.moe import Routing, route_mlps
-from fusion_merge.moe.experts import empty_experts
 from fusion_merge.planning import machine, plan
 from fusion_merge.planning.duration import times
 from fusion_merge.planning.geometry import FLOAT, ModelSize, model_size, plain_size, vision_geometry
 from fusion_merge.planning.machine import Speed, available_memory, free_disk, resident_now
-from fusion_merge.planning.memory import Images, Load, Static, Training, grams, kept_for_backward, memory_phases
+from fusion_merge.planning.memory import memory_phases
+from fusion_merge.planning.needs import Images, Load, Static, Training
 from fusion_merge.planning.text import duration, size
+from fusion_merge.planning.working import grams, kept_for_backward
 from fusion_merge.pools.datasets import ImageTask
 from fusion_merge.pools.task_pool import model_info
-
-SMALL = ["method.cache_dir=null", "method.max_steps=2", "method.batch_size=4"]
-RANK = ["method=rankone_moe", "method.rank_k=4"]
 
 
 @pytest.fixture(autouse=True)
@@ -55,15 +53,6 @@ def nothing_is_read(monkeypatch):
     monkeypatch.setattr(LazyState, "first_row", fail)
     monkeypatch.setattr(ImageTask, "item", fail)
     monkeypatch.setattr("datasets.features.image.Image.decode_example", fail)
-
-
-def planned(pool_dir, cwd, *more: str, **models: Any) -> tuple[Finished, dict[str, Any]]:
-    done = run_cli("plan", *own_pool(pool_dir, **models), "report_save_path=plan.json", *more, cwd=cwd)
-    values = json.loads((cwd / "plan.json").read_text())
-    assert files_in(cwd) == ["plan.json"]
-    assert done.err == ""
-    assert done.code == (0 if values["can_start"] else 1)
-    return done, values
 
 
 # What is planned
@@ -88,7 +77,8 @@ def test_sizes_are_those_of_the_model_that_is_built(pool_dir, modelpool, tmp_pat
     slack = 4 if "e_wemoe" in arguments[0] else 0  # a zero in the first place of each of four banks may be stored
     assert model["trainable"] == info["trainable_params"]
     assert 0 <= info["all_params"] - model["parameters"] <= slack
-    assert abs(sum(t.nbytes for t in built.own_state().values()) - model["bytes"]) <= 5 * slack
+    held = model["head_bytes"] + model["input_bytes"]
+    assert abs(sum(t.nbytes for t in built.own_state().values()) + held - model["bytes"]) <= 5 * slack
     assert f"{model['trainable']:,}" in done.out
     assert "no problems: the run can start" in done.out
 
@@ -109,7 +99,7 @@ def test_sizes_of_what_is_not_adapted_are_known_too(pool_dir, modelpool, tmp_pat
     built = method.run(modelpool)
     assert values["can_start"]
     assert values["model"]["parameters"] == model_info(built)["all_params"]
-    assert values["model"]["bytes"] == sum(p.nbytes for p in built.parameters())
+    assert values["model"]["bytes"] - values["model"]["head_bytes"] == sum(p.nbytes for p in built.parameters())
     assert "adapting" not in values["phases"]
 
 
@@ -204,19 +194,6 @@ def test_plan_true_is_the_command_and_a_pool_that_scores_nothing_is_planned(pool
     assert files_in(tmp_path) == []
     assert "evaluating" not in done.out
     assert "adapting" in done.out
-
-
-def test_disk_is_what_is_written(pool_dir, modelpool, tmp_path):
-    arguments = ["method=wemoe", "method.max_steps=2", "method.cache_dir=state", "method.save_checkpoint=r.ckpt"]
-    _, values = planned(pool_dir, tmp_path / "plan", *arguments, "merged_model_save_path=merged")
-    planned_bytes = {w["what"]: w["bytes"] for w in values["writings"]}
-    model = WEMoEAlgorithm().build(modelpool)
-    model.save_pretrained(tmp_path / "merged")
-    written = sum(f.stat().st_size for f in (tmp_path / "merged").iterdir())
-    assert 0 <= planned_bytes["merged model"] - written < 100_000
-    routers = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    assert planned_bytes["state of the adaptation"] >= 2 * 4 * routers
-    assert planned_bytes["router checkpoint"] >= routers
 
 
 # What is wrong
@@ -344,33 +321,6 @@ def test_the_machine_is_asked(monkeypatch, tmp_path):
 
 
 # Memory and time
-
-
-def tower_config(**changes: Any) -> CLIPVisionConfig:
-    sizes = {"hidden_size": 48, "intermediate_size": 144, "num_attention_heads": 3, "num_hidden_layers": 3}
-    return CLIPVisionConfig(**(sizes | {"image_size": 32, "patch_size": 8} | changes))
-
-
-def random_model(method: MoEMethod, config: CLIPVisionConfig, tasks: int) -> MergedCLIPVisionModel:
-    """A routed model of the method's shapes; its banks are zero."""
-    tower = empty_tower(config)
-    for parameter in tower.parameters():
-        torch.nn.init.normal_(parameter, 0, 0.02)
-    backbone = vision_backbone(tower)
-    routed = route_mlps(
-        backbone,
-        make_bank=lambda _, linear: empty_experts(
-            method.experts_spec(tasks, linear.in_features, linear.out_features)
-            | ({"num_values": 0} if isinstance(method, EWEMoEAlgorithm) else {}),
-            linear.in_features,
-            linear.out_features,
-        ),
-        make_router=method.router_maker(torch.Generator().manual_seed(0), tasks),
-        routing=Routing.BATCH if method.batch_reduce else Routing.SAMPLE,
-        chosen=method.routed_blocks(backbone, list),
-    )
-    names = [str(n) for n in range(tasks)]
-    return MergedCLIPVisionModel.from_tower(routed, tasks=names, method="", method_options={}, base_model="")
 
 
 def really_kept(model: MergedCLIPVisionModel, images: int) -> int:

@@ -1,0 +1,56 @@
+"""What tests of plans share: the command, and models of the shapes that are planned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from runs import Finished, files_in, own_pool, run_cli
+from transformers import CLIPVisionConfig
+
+from fusion_merge import EWEMoEAlgorithm, MergedCLIPVisionModel
+from fusion_merge.methods.moe_base import MoEMethod
+from fusion_merge.models.clip import empty_tower, vision_backbone
+from fusion_merge.moe import Routing, route_mlps
+from fusion_merge.moe.experts import empty_experts
+
+SMALL = ["method.cache_dir=null", "method.max_steps=2", "method.batch_size=4"]
+RANK = ["method=rankone_moe", "method.rank_k=4"]
+
+
+def planned(pool_dir: Path, cwd: Path, *more: str, **models: Any) -> tuple[Finished, dict[str, Any]]:
+    done = run_cli("plan", *own_pool(pool_dir, **models), "report_save_path=plan.json", *more, cwd=cwd)
+    values = json.loads((cwd / "plan.json").read_text())
+    assert files_in(cwd) == ["plan.json"]
+    assert done.err == ""
+    assert done.code == (0 if values["can_start"] else 1)
+    return done, values
+
+
+def tower_config(**changes: Any) -> CLIPVisionConfig:
+    sizes = {"hidden_size": 48, "intermediate_size": 144, "num_attention_heads": 3, "num_hidden_layers": 3}
+    return CLIPVisionConfig(**(sizes | {"image_size": 32, "patch_size": 8} | changes))
+
+
+def random_model(method: MoEMethod, config: CLIPVisionConfig, tasks: int) -> MergedCLIPVisionModel:
+    """A routed model of the method's shapes; its banks are zero."""
+    tower = empty_tower(config)
+    for parameter in tower.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.02)
+    backbone = vision_backbone(tower)
+    routed = route_mlps(
+        backbone,
+        make_bank=lambda _, linear: empty_experts(
+            method.experts_spec(tasks, linear.in_features, linear.out_features)
+            | ({"num_values": 0} if isinstance(method, EWEMoEAlgorithm) else {}),
+            linear.in_features,
+            linear.out_features,
+        ),
+        make_router=method.router_maker(torch.Generator().manual_seed(0), tasks),
+        routing=Routing.BATCH if method.batch_reduce else Routing.SAMPLE,
+        chosen=method.routed_blocks(backbone, list),
+    )
+    names = [str(n) for n in range(tasks)]
+    return MergedCLIPVisionModel.from_tower(routed, tasks=names, method="", method_options={}, base_model="")
