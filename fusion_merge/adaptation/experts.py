@@ -16,7 +16,8 @@ from fusion_merge.pools.batches import ImageLoader
 from fusion_merge.pools.images import TaskImages
 from fusion_merge.processes import together
 
-_BATCH = 64  # images that an expert looks at together
+ASKED_TOGETHER = 64
+"""Images that an expert looks at together."""
 
 
 @final
@@ -104,11 +105,11 @@ def _batches(order: Iterable[int], needed: range, count: int) -> list[list[int]]
     first: dict[int, None] = {}
     wanted: set[int] = set()
     for place, position in enumerate(order):
-        if place >= needed.stop and (len(first) % _BATCH == 0 or len(first) == count):
+        if place >= needed.stop and (len(first) % ASKED_TOGETHER == 0 or len(first) == count):
             break
         first.setdefault(position)
         if place in needed:
             wanted.add(position)
     places = list(first)
-    batches = [places[i : i + _BATCH] for i in range(0, len(places), _BATCH)]
+    batches = [places[i : i + ASKED_TOGETHER] for i in range(0, len(places), ASKED_TOGETHER)]
     return [batch for batch in batches if wanted.intersection(batch)]

@@ -18,7 +18,8 @@ from fusion_merge.moe.projection_router import ProjectionRouter
 STARTS = ("constant", "projection", "ridge")
 """Where routers may start."""
 
-_CHUNK = 32  # images that an MLP or attention sees at a time
+CHUNK = 32
+"""Images of a start that an MLP or attention sees at a time."""
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def ridge_start(model: nn.Module, images: Mapping[str, Tensor], *, ridge: float 
     with (
         before_blocks(moe_layers(model), lambda _, block, tokens: solve(block, tokens)),
         _by_sample(model, layers),
-        in_chunks([module for module in model.modules() if is_block(module)], _CHUNK),
+        in_chunks([module for module in model.modules() if is_block(module)], CHUNK),
     ):
         model(pixel_values=pixels)
 

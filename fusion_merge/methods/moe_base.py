@@ -20,6 +20,7 @@ from fusion_merge.adaptation.starts import STARTS, projection_start, ridge_start
 from fusion_merge.errors import ConfigError
 from fusion_merge.methods.adapted_base import AdaptedMethod
 from fusion_merge.models.clip import empty_tower, load_tower_state, vision_backbone
+from fusion_merge.models.measuring import KEPT_IMAGES
 from fusion_merge.models.merged import MergedCLIPVisionModel
 from fusion_merge.models.parameters import moved_most
 from fusion_merge.moe import Experts, Routing, find_blocks, make_router, route_mlps, set_routing, upcycle_mlps
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 Builder = Callable[["MoEMethod", CLIPVisionModelPool, torch.device], MergedCLIPVisionModel]
 
 log = logging.getLogger(__name__)
-
-_MEASURED = 64  # images of each task by which its mean coefficients are measured
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -241,7 +240,7 @@ class MoEMethod(AdaptedMethod):
             load_coefficients(str(self.checkpoint), model)
         for name, pool in pools.items():
             images = evaluation_loader(
-                pool.images(name), _MEASURED, workers=0, placement=Placement(), limit=_MEASURED, replace=True
+                pool.images(name), KEPT_IMAGES, workers=0, placement=Placement(), limit=KEPT_IMAGES, replace=True
             )
             model.measure(name, (pixels for pixels, _ in images))
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fusion_merge.models.merged import MergedCLIPVisionModel
 
 KEPT_IMAGES = 64
-"""The most images of a task whose router inputs are kept."""
+"""The most images of a task whose router inputs are kept; a run measures by as many."""
 
 
 def task_index(model: MergedCLIPVisionModel, task: str) -> int:

@@ -5,10 +5,13 @@ The shares below were measured on layers and models of ViT-B/32; see `benchmarks
 
 from __future__ import annotations
 
+from fusion_merge.adaptation.experts import ASKED_TOGETHER
+from fusion_merge.adaptation.starts import CHUNK
+from fusion_merge.models.measuring import KEPT_IMAGES
 from fusion_merge.planning.geometry import FLOAT, Geometry, ModelSize
 from fusion_merge.planning.machine import Speed
-from fusion_merge.planning.needs import ASKED_TOGETHER, MEASURED, Images, Load, Static, Training
-from fusion_merge.planning.working import CHUNK, gram_numbers, merges
+from fusion_merge.planning.needs import Images, Load, Static, Training
+from fusion_merge.planning.working import gram_numbers, merges
 
 _PICTURED = 128
 """Images of each task whose routing is drawn."""
@@ -75,7 +78,7 @@ def times(load: Load, speed: Speed, *, steps: int, workers: int, processes: int 
             load.adapted, speed, load.training.batch_size * steps
         )
     if load.adapted and load.model.kind is not None:
-        found["measuring"] = _looked_at(load, load.adapted, MEASURED, speed)
+        found["measuring"] = _looked_at(load, load.adapted, KEPT_IMAGES, speed)
     if load.evaluation_batch:
         found["evaluating"] = (
             load.scorings * _evaluation(load, speed, workers, routed=load.model.kind is not None) / processes

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fusion_merge.adaptation.experts import ASKED_TOGETHER
 from fusion_merge.planning.geometry import FLOAT, Geometry, ModelSize
 from fusion_merge.pools.images import CACHE_BYTES
-
-MEASURED = 64
-"""Images of each task by which a routed model is measured after adaptation."""
-
-ASKED_TOGETHER = 64
-"""Images that an expert looks at together."""
 
 
 @dataclass(frozen=True)

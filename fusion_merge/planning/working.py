@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from fusion_merge.adaptation.experts import ASKED_TOGETHER
+from fusion_merge.adaptation.starts import CHUNK
+from fusion_merge.models.measuring import KEPT_IMAGES
 from fusion_merge.planning.geometry import FLOAT, Geometry, ModelSize
-from fusion_merge.planning.needs import ASKED_TOGETHER, MEASURED, Load, Training
+from fusion_merge.planning.needs import Load, Training
 
 _PROMPTS = 256
 """Prompts that go through the text tower at a time."""
-
-CHUNK = 32
-"""Images that a block takes at a time while routers start."""
 
 _BETWEEN = 5
 """Tensors of the width of the tower that are alive between its blocks, and are of all images while routers start."""
@@ -136,7 +136,7 @@ def measuring(load: Load) -> int:
     Args:
         load: what memory depends on.
     """
-    largest = max((min(images.count, MEASURED) for images in load.adapted.values()), default=0)
+    largest = max((min(images.count, KEPT_IMAGES) for images in load.adapted.values()), default=0)
     return without_gradients(load, largest) + load.model.input_bytes
 
 

@@ -90,7 +90,7 @@ def test_one_pass_solves_what_pass_after_pass_would(modelpool, images):
 @pytest.mark.parametrize("targets", ["mlp", "attention", "all"])
 def test_no_mlp_and_no_attention_sees_all_images_of_a_start_at_once(modelpool, images, targets, monkeypatch):
     """But each router is solved from all of them, and the model is as it was but for its routers."""
-    monkeypatch.setattr(starts, "_CHUNK", 7)
+    monkeypatch.setattr(starts, "CHUNK", 7)
     model, same = (
         FusionMoEAlgorithm(**SMALL, router_start="constant", targets=targets).run(modelpool) for _ in range(2)
     )
@@ -100,7 +100,7 @@ def test_no_mlp_and_no_attention_sees_all_images_of_a_start_at_once(modelpool, i
             module.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
     ridge_start(model, images)
     assert set(sizes) == {7, 40 % 7}
-    monkeypatch.setattr(starts, "_CHUNK", 1000)
+    monkeypatch.setattr(starts, "CHUNK", 1000)
     ridge_start(same, images)
     for (name, value), expected in zip(model.named_parameters(), same.parameters(), strict=True):
         torch.testing.assert_close(value, expected, atol=1e-3, rtol=1e-3, msg=name)
