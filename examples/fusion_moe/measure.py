@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 POOLS = ("tiny8", "tiny8_hard", "tiny20")
 SLOW = "method.lr=0.0001 method.max_steps=1000 method.init_lambda=0.3"  # as published, whatever was tuned for the pool
 FUSION = "method=fusion_moe"
@@ -90,29 +92,40 @@ def measured(row: str, pool: str, seed: int) -> dict[str, Any]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Return one table a pool: the mean over seeds, their spread, the worst task, steps and seconds."""
+    """Return one table a pool: over seeds the mean, its spread, the worst task, and how many are below zero-shot."""
     text = []
+    head = ("", "average", "worst task", "tasks below zero-shot", "taken back", "steps", "adaptation, s", "seeds")
     for pool in dict.fromkeys(line["pool"] for line in lines):
-        text += [
-            f"## {pool}",
-            "",
-            "| | average | worst task | steps | adaptation, s | seeds |",
-            "|---|---|---|---|---|---|",
-        ]
-        for row in dict.fromkeys(line["row"] for line in lines if line["pool"] == pool):
-            runs = [line for line in lines if (line["pool"], line["row"]) == (pool, row)]
-            averages = [statistics.mean(run["accuracy"].values()) for run in runs]
-            spread = f" ± {statistics.stdev(averages):.1f}" if len(averages) > 1 else ""
-            worst = min(runs, key=lambda run: min(run["accuracy"].values()))["accuracy"]
-            task = min(worst, key=lambda name: worst[name])
-            seconds = statistics.mean(run["adaptation_seconds"] for run in runs)
-            steps = statistics.mean(run["steps"] for run in runs)
-            text.append(
-                f"| {row} | {statistics.mean(averages):.1f}{spread} | {task} {worst[task]:.1f} | {steps:.0f} "
-                f"| {seconds:.0f} | {len(runs)} |"
-            )
-        text.append("")
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for line in lines:
+            if line["pool"] == pool:
+                rows.setdefault(line["row"], []).append(line)
+        floor = rows["zero-shot"][0]["accuracy"] if "zero-shot" in rows else {}
+        found = [cells(row, sorted(runs, key=lambda run: run["seed"]), floor) for row, runs in rows.items()]
+        text += [f"## {pool}", "", tabulate(found, head, tablefmt="github"), ""]
     return "\n".join(text)
+
+
+def cells(row: str, runs: Sequence[dict[str, Any]], floor: dict[str, float]) -> tuple[str, ...]:
+    """Return the cells of one row, from its runs with one seed each, and the zero-shot accuracies."""
+    averages = [statistics.mean(run["accuracy"].values()) for run in runs]
+    spread = f" ± {statistics.stdev(averages):.1f}" if len(averages) > 1 else ""
+    worst = min(runs, key=lambda run: min(run["accuracy"].values()))["accuracy"]
+    task = min(worst, key=lambda name: worst[name])
+    below = max(sum(run["accuracy"][name] < floor.get(name, 0) for name in run["accuracy"]) for run in runs)
+    back = ", ".join(str(run["interventions"]) for run in runs)
+    steps, seconds = (statistics.mean(run[key] for run in runs) for key in ("steps", "adaptation_seconds"))
+    average = f"{statistics.mean(averages):.1f}{spread}"
+    return (
+        row,
+        average,
+        f"{task} {worst[task]:.1f}",
+        str(below),
+        back,
+        f"{steps:.0f}",
+        f"{seconds:.0f}",
+        str(len(runs)),
+    )
 
 
 def main() -> None:
