@@ -290,7 +290,7 @@ def _open(argument: str) -> str:
         raise ConfigError(f"`{argument}` has no key; write KEY=VALUE")
     if key in GROUPS and equals and value in ("", "null"):
         raise ConfigError(f"`{key}`={value or None} names no preset; choose one with `{key}=NAME`")
-    if key == "tuned" and equals and value in ("", "null"):
+    if key.lstrip("+") == "tuned" and equals and value.lower() in ("", "null"):
         return "~tuned"
     below = key.startswith(tuple(f"{table}." for table in _OPEN_TABLES))
     whole = key in _OPEN_TABLES and value.startswith("{")

@@ -92,7 +92,7 @@ def measured(row: str, pool: str, seed: int) -> dict[str, Any]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Return one table a pool: over seeds the mean, its spread, the worst task, and how many are below zero-shot."""
+    """Return one table a pool: over seeds the mean, its spread, the worst task, and tasks that are below zero-shot."""
     text = []
     head = ("", "average", "worst task", "tasks below zero-shot", "taken back", "steps", "adaptation, s", "seeds")
     for pool in dict.fromkeys(line["pool"] for line in lines):
@@ -102,30 +102,25 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
                 rows.setdefault(line["row"], []).append(line)
         floor = rows["zero-shot"][0]["accuracy"] if "zero-shot" in rows else {}
         found = [cells(row, sorted(runs, key=lambda run: run["seed"]), floor) for row, runs in rows.items()]
-        text += [f"## {pool}", "", tabulate(found, head, tablefmt="github"), ""]
+        text += [f"## {pool}", "", tabulate(found, head, tablefmt="github", disable_numparse=True), ""]
     return "\n".join(text)
 
 
 def cells(row: str, runs: Sequence[dict[str, Any]], floor: dict[str, float]) -> tuple[str, ...]:
-    """Return the cells of one row, from its runs with one seed each, and the zero-shot accuracies."""
+    """Return the cells of one row, from its runs with one seed each, and the zero-shot accuracies, if they are known.
+
+    Of the tasks below zero-shot it is the most of any seed.
+    """
     averages = [statistics.mean(run["accuracy"].values()) for run in runs]
     spread = f" ± {statistics.stdev(averages):.1f}" if len(averages) > 1 else ""
     worst = min(runs, key=lambda run: min(run["accuracy"].values()))["accuracy"]
     task = min(worst, key=lambda name: worst[name])
-    below = max(sum(run["accuracy"][name] < floor.get(name, 0) for name in run["accuracy"]) for run in runs)
+    below = [sum(run["accuracy"][name] < least for name, least in floor.items()) for run in runs]
     back = ", ".join(str(run["interventions"]) for run in runs)
     steps, seconds = (statistics.mean(run[key] for run in runs) for key in ("steps", "adaptation_seconds"))
-    average = f"{statistics.mean(averages):.1f}{spread}"
-    return (
-        row,
-        average,
-        f"{task} {worst[task]:.1f}",
-        str(below),
-        back,
-        f"{steps:.0f}",
-        f"{seconds:.0f}",
-        str(len(runs)),
-    )
+    average, lowest = f"{statistics.mean(averages):.1f}{spread}", f"{task} {worst[task]:.1f}"
+    most = str(max(below)) if floor else ""
+    return (row, average, lowest, most, back, f"{steps:.0f}", f"{seconds:.0f}", str(len(runs)))
 
 
 def main() -> None:

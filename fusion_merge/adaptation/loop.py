@@ -44,7 +44,7 @@ class AdaptationRecord:
         resumed_at: the step that this run went on from; 0 if it began at the beginning.
         interrupted: whether it ended early, by Ctrl-C.
         measure: what was minimised: `entropy`, in nats, or the `loss` of another objective.
-        losses: for each task, its value at each step, of all processes, whatever loss a guard put in its place.
+        losses: for each task, the objective's value at each step, over all processes, even if another is trained by.
         collapsed: tasks that collapsed to one class, and the step at which that began.
         interventions: what was done for tasks that degraded, where a guard watched them; see `Intervention`.
         stopped: why adaptation ended early, if the guard ended it.

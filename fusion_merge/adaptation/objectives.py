@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -136,7 +136,7 @@ class Objective:
     terms: tuple[tuple[str, float], ...] = (("entropy", 1.0),)
     temperature: float = 1.0
     order: float = 2.0
-    average: Callable[[Tensor], Tensor] = _alone
+    average: Callable[[Tensor], Tensor] = field(default=_alone, compare=False, repr=False)
 
     @property
     def needs_experts(self) -> bool:

@@ -38,7 +38,8 @@ class Seen(NamedTuple):
     """What was seen in one step, of all processes.
 
     Attributes:
-        losses: each task's value of the objective, unweighted, whatever loss it is trained with.
+        losses: each task's value of the objective, unweighted, also where it is trained with another loss; that loss
+            where it is not finite.
         predictions: each task's predicted classes, (B,).
         means: each task's mean prediction, (C,).
         agreement: the share of a task's predictions that are its expert's, in 0-1, where that was looked at.
@@ -110,7 +111,8 @@ class Passes:
                 if self._accumulate:
                     self._fabric.backward(loss)
                     loss = loss.detach()
-            losses[name], values[name], logits[name] = loss, value.detach(), scores.detach()
+            losses[name], logits[name] = loss, scores.detach()
+            values[name] = torch.where(loss.detach().isfinite(), value.detach(), loss.detach())
         if not self._accumulate:
             self._fabric.backward(torch.stack(list(losses.values())).sum())
         return self._seen(torch.stack(list(values.values())), logits, experts)

@@ -125,7 +125,8 @@ def averaged(fabric: Fabric, values: Tensor) -> Tensor:
     """
     if fabric.world_size == 1:
         return values
-    mean: Tensor = fabric.all_reduce(values, reduce_op="mean")  # type: ignore[assignment]
+    own = values.clone()  # which Fabric overwrites
+    mean: Tensor = fabric.all_reduce(own, reduce_op="mean")  # type: ignore[assignment]
     return mean
 
 

@@ -101,9 +101,10 @@ class AdaptedMethod(Method):
         self._objective = make_objective(
             self.objective, temperature=self.objective_temperature, order=self.tsallis_order
         )
-        if self.batch_size == 1 and any(name == "infomax" for name, _ in self._objective.terms):
+        alone = self.batch_size == 1 and self.devices in (1, "1")
+        if alone and any(name == "infomax" for name, _ in self._objective.terms):
             raise ConfigError(
-                "`batch_size`=1 makes infomax zero: a single prediction is its own mean; choose 2 or more"
+                "`batch_size`=1 makes infomax zero in one process, as a prediction is its own mean; choose 2 or more"
             )
         if self.patience and self.guard != "rollback":
             raise ConfigError(f"`patience`={self.patience} is that of a guard that acts; choose `guard`=rollback too")

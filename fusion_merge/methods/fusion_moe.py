@@ -11,7 +11,7 @@ from fusion_merge.adaptation.optimization import SCHEDULES
 from fusion_merge.adaptation.starts import STARTS
 from fusion_merge.errors import ConfigError
 from fusion_merge.methods.adapted_base import GUARDS
-from fusion_merge.methods.rankone_moe import RankOneMoEAlgorithm
+from fusion_merge.methods.rank_one_base import RankOneMethod
 from fusion_merge.moe import recurrent_router_maker
 from fusion_merge.moe.blocks import TARGETS
 from fusion_merge.moe.selection import Selection
@@ -24,7 +24,7 @@ from fusion_merge.registry import register_method
 @final
 @register_method("fusion_moe")
 @dataclass(kw_only=True)
-class FusionMoEAlgorithm(RankOneMoEAlgorithm):
+class FusionMoEAlgorithm(RankOneMethod):
     r"""RankOne-MoE's experts, with an objective that cannot collapse and routers that start right.
 
     .. math:: W = W_0 + \sum_{n,j} g_{nj}\, u_{nj} (s_{nj} v_{nj})^\top \quad\text{in MLP and attention}, \qquad

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import final
 
-import torch
-from transformers import CLIPVisionConfig
-
-from fusion_merge.methods.moe_base import MoEMethod
-from fusion_merge.models.ranks import check_rank, check_select_k, svd_device
-from fusion_merge.moe import LowRankExperts, Selection, SoftTopK, make_router
-from fusion_merge.moe.experts import TaskVector, low_rank_spec
-from fusion_merge.moe.upcycle import MakeRouter
-from fusion_merge.options import option
-from fusion_merge.pools.model_pool import CLIPVisionModelPool
-from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
+from fusion_merge.methods.rank_one_base import RankOneMethod
+from fusion_merge.moe import SoftTopK
 from fusion_merge.registry import register_method
 
 
+@final
 @register_method("rankone_moe", aliases=("clip_rankone_moe", "rankone_wemoe", "clip_rankone_wemoe"))
 @dataclass(kw_only=True)
-class RankOneMoEAlgorithm(MoEMethod):
+class RankOneMoEAlgorithm(RankOneMethod):
     r"""Rank-one experts from truncated SVDs of task vectors.
 
     .. math:: \tau_n \approx \sum_{j \le k} u_{nj} (s_{nj} v_{nj})^\top, \qquad
@@ -30,49 +21,12 @@ class RankOneMoEAlgorithm(MoEMethod):
               b = b_0 + \lambda \sum_n \beta_n
 
     One g a layer drives both linear layers of the MLP; biases are static. With full rank, g ≡ λ and no selection
-    the model equals task arithmetic.
+    the model equals task arithmetic. How experts and routers are made is in `rank_one_base`.
 
     Source: RankOne-MoE (EnnengYang/RankOne-MoE). There `svd_accelerator` is `cuda` and rank -1 crashes; here the
     device is chosen from what is there and -1 means full rank.
     """
 
-    router_hidden_layers: int = option(1, help="linear layers of a router", choices=(0, 1, 2), shapes_model=True)
-    rank_k: int = option(32, help="rank-one experts a task, or -1 for full rank", minimum=-1, shapes_model=True)
-    select_k: int = option(
-        -1,
-        help="softly keep the k largest coefficients of a layer, or -1 for all",
-        minimum=-1,
-        shapes_model=True,
-    )
-    svd_accelerator: str = option("auto", help="where to decompose: auto (as Fabric), cpu, cuda, …")
-
-    def check_shapes(self, config: CLIPVisionConfig, num_tasks: int) -> None:
-        """See `MoEMethod.check_shapes`: rank and selection against the width of the tower."""
-        super().check_shapes(config, num_tasks)
-        check_select_k(self.select_k, num_tasks * check_rank(self.rank_k, config))
-
-    def check(self, modelpool: CLIPVisionModelPool, taskpool: CLIPVisionModelTaskPool | None = None) -> None:
-        """See `Method.check`: also whether there is the device to decompose on."""
-        svd_device(self.svd_accelerator, torch.device("cpu"))
-        super().check(modelpool, taskpool)
-
-    def make_experts(self, path: str, task_vectors: Sequence[TaskVector], device: torch.device) -> LowRankExperts:
-        """See `MoEMethod.make_experts`."""
-        where = svd_device(self.svd_accelerator, device)
-        return LowRankExperts.from_task_vectors(task_vectors, self.rank_k, self.static_weight(len(task_vectors)), where)
-
-    def experts_spec(self, num_tasks: int, in_features: int, out_features: int) -> dict[str, Any]:
-        """See `MoEMethod.experts_spec`."""
-        rank = min(in_features, out_features) if self.rank_k == -1 else self.rank_k
-        return low_rank_spec(num_tasks, rank, self.static_weight(num_tasks))
-
-    def router_maker(self, generator: torch.Generator, num_tasks: int) -> MakeRouter:
-        """See `MoEMethod.router_maker`: between two layers a router is 2·K wide."""
-        weight = self.static_weight(num_tasks)
-        return lambda index, width, count: make_router(
-            self.router_hidden_layers, width, count, weight, hidden=2 * count, generator=generator
-        )
-
-    def make_selection(self) -> Selection | None:
+    def make_selection(self) -> SoftTopK | None:
         """See `MoEMethod.make_selection`."""
         return SoftTopK(self.select_k) if self.select_k > 0 else None

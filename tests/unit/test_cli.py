@@ -184,8 +184,9 @@ def test_config_folder_where_one_works_changes_nothing(tmp_path):
     assert shown[0].stdout == shown[1].stdout
 
 
-def test_tuned_null_leaves_the_options_that_were_tuned_for_a_pool_out(tmp_path):
-    tuned, published = (run_cli("method=wemoe", *more, "--cfg", "job", cwd=tmp_path) for more in ([], ["tuned=null"]))
+@pytest.mark.parametrize("argument", ["tuned=null", "+tuned=NULL", "tuned="])
+def test_tuned_null_leaves_the_options_that_were_tuned_for_a_pool_out(argument, tmp_path):
+    tuned, published = (run_cli("method=wemoe", *more, "--cfg", "job", cwd=tmp_path) for more in ([], [argument]))
     assert (published.code, published.err) == (0, "")
     assert "max_steps: 1000" in published.out
     assert "max_steps: 1000" not in tuned.out

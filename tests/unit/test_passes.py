@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -34,25 +36,48 @@ class Keeper:
         return {"cats": 1.0, "dogs": 0.25}[task]
 
 
+def passes_of(experts: dict[str, torch.Tensor], accumulate: bool, mixed: bool) -> tuple[Passes, Tower, nn.Linear, Any]:
+    """The passes of a tower that two tasks share, with their experts' logits; its head, and its optimiser."""
+    tower, head = Tower(), nn.Linear(12, 4, bias=False)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model, optimizer = fabric.setup(tower, torch.optim.SGD(tower.parameters(), lr=0.1))
+    streams = {
+        task: TaskStream(itertools.repeat(None), head, 4, logits.__getitem__) for task, logits in experts.items()
+    }
+    passes = Passes(model, streams, fabric, make_objective("entropy"), accumulate, mixed, Keeper())
+    return passes, tower, head, optimizer
+
+
+@pytest.fixture
+def images() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {task: torch.randn(5, 3, 2, 2, generator=generator) for task in ("cats", "dogs")}
+
+
+@pytest.fixture
+def experts() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {task: torch.randn(5, 4, generator=generator) for task in ("cats", "dogs")}
+
+
 @pytest.mark.parametrize("accumulate", [True, False])
 @pytest.mark.parametrize("mixed", [True, False])
-def test_a_task_with_another_loss_is_trained_by_it_and_written_down_by_the_objective(accumulate, mixed):
-    generator = torch.Generator().manual_seed(0)
-    images = {task: torch.randn(5, 3, 2, 2, generator=generator) for task in ("cats", "dogs")}
-    experts = {task: torch.randn(5, 4, generator=generator) for task in images}
-    head = nn.Linear(12, 4, bias=False)
-    fabric = Fabric(accelerator="cpu", devices=1)
-    tower = Tower()
-    optimizer = torch.optim.SGD(tower.parameters(), lr=0.1)
-    model, optimizer = fabric.setup(tower, optimizer)
-    streams = {task: TaskStream(itertools.repeat(None), head, 4, experts[task].__getitem__) for task in images}
-    passes = Passes(model, streams, fabric, make_objective("entropy"), accumulate, mixed, Keeper())
-
+def test_a_task_with_another_loss_is_trained_by_it_and_written_down_by_the_objective(
+    images, experts, accumulate, mixed
+):
+    passes, tower, head, optimizer = passes_of(experts, accumulate, mixed)
     seen = passes.gradient({task: (pixels, torch.arange(5)) for task, pixels in images.items()}, optimizer)
-
     logits = {task: head(tower(pixels)) for task, pixels in images.items()}
     for task, value in seen.losses.items():
         assert value == pytest.approx(mean_entropy(logits[task]).item())
     loss = expert_labels(logits["cats"], experts["cats"], 1.0) + 0.25 * mean_entropy(logits["dogs"])
     (expected,) = torch.autograd.grad(loss, [tower.scale])
     torch.testing.assert_close(tower.scale.grad, expected)
+
+
+def test_a_loss_that_is_no_number_is_written_down_whatever_the_objective_says(images, experts):
+    experts["cats"][0, 0] = torch.inf
+    passes, _, _, optimizer = passes_of(experts, True, False)
+    seen = passes.gradient({task: (pixels, torch.arange(5)) for task, pixels in images.items()}, optimizer)
+    assert math.isnan(seen.losses["cats"])
+    assert math.isfinite(seen.losses["dogs"])

@@ -180,8 +180,9 @@ def test_patience_without_a_guard_that_acts_is_refused():
         WEMoEAlgorithm(patience=5)
 
 
-def test_infomax_of_single_images_is_refused():
-    with pytest.raises(ConfigError, match="`batch_size`=1 makes infomax zero"):
+def test_infomax_of_single_images_is_refused_where_there_is_one_process():
+    WEMoEAlgorithm(objective="entropy+infomax", batch_size=1, devices=2)
+    with pytest.raises(ConfigError, match="`batch_size`=1 makes infomax zero in one process"):
         WEMoEAlgorithm(objective="entropy+infomax", batch_size=1)
 
 
