@@ -189,4 +189,5 @@ def _way_out(plan: Plan, where: str) -> str:
         "evaluating": "a smaller `taskpool.batch_size`",
         "baselines": "`baselines=[]`",
     }
-    return f"the peak is in {largest}: " + (f"try {options[largest]}" if largest in options else "free some memory there")
+    advice = f"try {options[largest]}" if largest in options else "free some memory there"
+    return f"the peak is in {largest}: {advice}"
