@@ -25,7 +25,7 @@ from fusion_merge.moe.precision import exact, in_autocast_dtype
 _ENTRIES = 64 * 768
 """Entries of a block: few enough for the cache, and enough for products that are worth their memory traffic."""
 
-_SAMPLES = 16
+SAMPLES = 16
 """Samples that a block is merged for at a time."""
 
 
@@ -102,8 +102,8 @@ def merged_linear(x: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor,
     Shape:
         x (B, T, I), coefficients (B, N) or (1, N), weight (O, I), bias (B, O) or (1, O) → (B, T, O).
     """
-    if x.shape[0] > _SAMPLES and coefficients.shape[0] > 1:  # their merged blocks together would not fit into the cache
-        groups = zip(x.split(_SAMPLES), coefficients.split(_SAMPLES), bias.split(_SAMPLES), strict=True)
+    if x.shape[0] > SAMPLES and coefficients.shape[0] > 1:  # their merged blocks together would not fit into the cache
+        groups = zip(x.split(SAMPLES), coefficients.split(SAMPLES), bias.split(SAMPLES), strict=True)
         return torch.cat([merged_linear(tokens, g, weight, b, rows) for tokens, g, b in groups])
     x = in_autocast_dtype(x)
     function = _MergedForAll if coefficients.shape[0] == 1 else _MergedForEach

@@ -127,8 +127,9 @@ def _routed(
     tower: Geometry, model: ModelSize, images: int, batch_routing: bool, speed: Speed, *, backward: bool
 ) -> float:
     """Return the time that experts add to the passes of one batch."""
-    tokens, weights = images * tower.tokens, 2 * tower.layers * tower.matrix
-    ends = 2 * tower.layers * (tower.width + tower.hidden)
+    tokens = images * tower.tokens
+    weights = 2 * model.mlps * tower.matrix + 4 * model.attentions * tower.width**2
+    ends = 2 * model.mlps * (tower.width + tower.hidden) + 8 * model.attentions * tower.width
     if model.kind == "low_rank" and not merges(tower, model, tokens, batch_routing):
         return (1 + backward) * ends * tokens * model.coefficients / speed.products
     if model.kind == "low_rank":

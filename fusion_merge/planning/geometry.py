@@ -16,7 +16,7 @@ from fusion_merge.models.clip import expected_shapes
 from fusion_merge.models.ensemble import TowerEnsemble
 from fusion_merge.models.merged import MergedCLIPVisionModel
 from fusion_merge.moe import MoEAttention, moe_layers
-from fusion_merge.moe.layer import router_parameters
+from fusion_merge.moe.layer import MoEMLP, router_parameters
 from fusion_merge.moe.projection import projection_layers
 from fusion_merge.moe.router import Router
 from fusion_merge.pools.task_pool import model_info
@@ -135,7 +135,8 @@ class ModelSize:
         router_widths: for each layer, the numbers that its router keeps of one token for the backward pass.
         router_inputs: the numbers that the last layer of a router reads of an image, one for its bias among them; 0
             where not every router ends in such a layer.
-        attentions: routed attention blocks; the others are MLPs.
+        mlps: routed MLPs.
+        attentions: routed attention blocks.
         passes: what a forward pass multiplies beside a plain tower's, where it is no routed MLP that adds to it.
         head_bytes: of the heads of its tasks.
         input_bytes: of what its routers read of some images of each task.
@@ -151,6 +152,7 @@ class ModelSize:
     coefficients: int = 0
     router_widths: tuple[int, ...] = ()
     router_inputs: int = 0
+    mlps: int = 0
     attentions: int = 0
     passes: float = 1.0
     head_bytes: int = 0
@@ -246,6 +248,7 @@ def _routed_size(model: MergedCLIPVisionModel) -> ModelSize:
         coefficients=layers[0].num_coefficients,
         router_widths=tuple(_kept_by_router(layer.router.spec()) for layer in layers),
         router_inputs=_read_by_routers([layer.router for layer in layers]),
+        mlps=sum(isinstance(layer, MoEMLP) for layer in layers),
         attentions=sum(isinstance(layer, MoEAttention) for layer in layers),
     )
 

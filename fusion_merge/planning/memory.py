@@ -19,6 +19,7 @@ from fusion_merge.planning.working import (
     kept_for_backward,
     measuring,
     prompts,
+    reading,
     regression,
     starting,
 )
@@ -86,7 +87,7 @@ def memory_phases(load: Load) -> list[Phase]:
         host = heads | _cached(load, load.adapted) | piece.host
         phases.append(_phase(load, piece.name, host, piece.working, freed=freed))
         if not load.gpu and piece.block < _LARGE:
-            freed = max(freed, int(_KEPT * (sum(piece.working.values()) - load.held)))
+            freed = max(freed, int(_KEPT * (sum(piece.working.values()) - piece.stays)))
     left = _left(load)
     if load.saves:
         more = heads | _cached(load, load.adapted) | {"copies while saving": _copies(load)}
@@ -134,12 +135,14 @@ class _Piece:
         host: bytes in the process, wherever it computes.
         working: bytes where it computes.
         block: bytes of its largest blocks, where these go back to the system if they are large.
+        stays: bytes of what it works with that are not freed at its end, or not kept then.
     """
 
     name: str
     host: dict[str, int]
     working: dict[str, int]
     block: int = 0
+    stays: int = 0
 
 
 def _adaptation(load: Load) -> Iterator[_Piece]:
@@ -150,20 +153,30 @@ def _adaptation(load: Load) -> Iterator[_Piece]:
         expert = {"expert": FLOAT * load.tower.numbers}
         working = expert | {"activations": asking(load, load.training), "task vectors": load.held}
         answers = {"answers of experts": load.answers}
-        yield _Piece("asking experts", answers | (expert if load.gpu else {}), working)
+        yield _Piece("asking experts", answers | (expert if load.gpu else {}), working, stays=load.held)
+    left = sum(_left(load).values())
     if load.training is not None:
-        yield _Piece("adapting", {"answers of experts": load.answers}, _training(load, load.training))
+        answers, working = {"answers of experts": load.answers}, _training(load, load.training)
+        yield _Piece("adapting", answers, working, stays=load.held + left)
     if load.adapted and load.model.kind is not None:
-        yield _Piece("measuring", {}, _left(load) | {"activations": measuring(load)})
+        yield _Piece("measuring", {}, _left(load) | {"activations": measuring(load)}, stays=left)
 
 
 def _starting(load: Load) -> _Piece:
-    """Return the phase in which routers start: images as they were read, and in one batch."""
+    """Return the phase in which routers start: images as they were read, and in one batch.
+
+    A regression is solved while a router reads, before its block works. On a GPU the images of single tasks, as they
+    came there, are gone when the pass begins.
+    """
     pixels, between = (FLOAT * load.started_from * n for n in (load.tower.inputs, load.tower.tokens * load.tower.width))
-    solving = {"regression": regression(load)}
-    host = solving | ({"images to start from": pixels} if load.gpu else {})
-    working = {"images to start from": 2 * pixels, "activations": starting(load)}
-    return _Piece("starting routers", host, working, block=between)
+    passing, read, solved = starting(load), reading(load), regression(load)
+    if load.gpu:
+        host = {"regression": solved, "images to start from": pixels}
+        there = {"images to start from": pixels, "activations": max(pixels, passing, read)}
+        return _Piece("starting routers", host, there)
+    solving = {"activations": read, "regression": solved}
+    working = solving if passing < read + solved else {"activations": passing}
+    return _Piece("starting routers", {}, {"images to start from": 2 * pixels} | working, block=between)
 
 
 def _training(load: Load, training: Training) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fusion_merge.methods.clip_finetune import CLIPFinetuneAlgorithm
 from fusion_merge.planning.disk import Writing, writings
 from fusion_merge.planning.duration import REPEATED, times
 from fusion_merge.planning.geometry import FLOAT, ModelSize
@@ -159,7 +160,7 @@ def _warnings(plan: Plan) -> list[str]:
         if free is not None and peak > free:
             found.append(
                 f"memory: the run needs about {peak / 1e9:.1f} GB at its peak, and {free / 1e9:.1f} GB are free on the "
-                f"{where}; try {_way_out(plan, where)}"
+                f"{where}; {_way_out(plan, where)}"
             )
     disks: dict[int, list[Writing]] = {}
     for writing in plan.writings:
@@ -176,9 +177,17 @@ def _warnings(plan: Plan) -> list[str]:
 
 
 def _way_out(plan: Plan, where: str) -> str:
-    """Return what makes the largest phase smaller."""
+    """Return what makes the largest phase smaller, where an option does."""
     sizes = {p.name: p.host_bytes if where == "host" else p.device_bytes for p in plan.phases}
-    if max(sizes, key=sizes.__getitem__) == "starting routers":
-        return "a smaller `method.start_images`"
-    less = "`method.use_grad_accumulate=true` and `method.mixed_tasks=false`, smaller batches"
-    return f"{less}, or `baselines=[]`" if where == "host" else less
+    largest = max(sizes, key=sizes.__getitem__)
+    smaller = "a smaller `method.batch_size`"
+    if plan.method != CLIPFinetuneAlgorithm.method_name:
+        smaller = f"`method.use_grad_accumulate=true` and `method.mixed_tasks=false`, or {smaller}"
+    options = {
+        "starting routers": "a smaller `method.start_images`",
+        "adapting": smaller,
+        "evaluating": "a smaller `taskpool.batch_size`",
+        "baselines": "`baselines=[]`",
+    }
+    advice = f"try {options[largest]}" if largest in options else "free some memory there"
+    return f"the peak is in {largest}: {advice}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fusion_merge.adaptation.experts import ASKED_TOGETHER
 from fusion_merge.adaptation.starts import CHUNK
 from fusion_merge.models.measuring import KEPT_IMAGES
+from fusion_merge.moe.row_blocks import SAMPLES, block_rows
 from fusion_merge.planning.geometry import FLOAT, Geometry, ModelSize
 from fusion_merge.planning.needs import Load, Training
 
@@ -168,18 +169,40 @@ def without_gradients(load: Load, images: int, *, routed: bool = True) -> int:
 
 
 def starting(load: Load) -> int:
-    """Return what the pass works with in which routers start, all images in one batch; images are not counted.
+    """Return what a block works with in the pass in which routers start, all images in one batch, which is not counted.
 
-    Blocks take a chunk of the images at a time; what is between them, and what routers read, is there for all.
+    Blocks take a chunk of the images at a time; what is between them is there for all.
 
     Args:
         load: what memory depends on.
     """
-    tower, images = load.tower, load.started_from
-    block = max((1 + tower.kept_by_activation) * tower.hidden, 6 * tower.width) - tower.width
-    working = images * _BETWEEN * tower.width + min(images, CHUNK) * block  # of which the last chunk has no output yet
-    reading = images * (3 * tower.width + 2 * max(load.model.router_widths, default=0))  # before a block
-    return FLOAT * tower.tokens * max(working, reading)
+    tower, model, images = load.tower, load.model, load.started_from
+    chunk = min(images, CHUNK)
+    tokens = chunk * tower.tokens
+    block = tokens * max((1 + tower.kept_by_activation) * tower.hidden, 6 * tower.width)
+    if model.kind in ("dense", "sparse") and model.mlps:
+        block = max(block, tokens * tower.hidden + _merging(load, chunk, tower.hidden))
+    if model.kind in ("dense", "sparse") and model.attentions:
+        block = max(block, tokens * 3 * tower.width + _merging(load, chunk, tower.width))
+    between = images * tower.tokens * _BETWEEN * tower.width
+    return FLOAT * (between + block - tokens * tower.width)  # the last chunk has no output yet
+
+
+def reading(load: Load) -> int:
+    """Return what a router works with that reads all images at once, before its block, in the same pass.
+
+    Args:
+        load: what memory depends on.
+    """
+    each = 3 * load.tower.width + 2 * max(load.model.router_widths, default=0)
+    return FLOAT * load.started_from * load.tower.tokens * each
+
+
+def _merging(load: Load, images: int, width: int) -> int:
+    """Return the numbers of a block of rows: of each image's merged weight and outputs, and of all task vectors."""
+    short, long = sorted((load.tower.width, width))
+    rows, samples = min(block_rows(short), long), min(images, SAMPLES)
+    return rows * (samples * (short + load.tower.tokens) + load.model.coefficients * short)
 
 
 def regression(load: Load) -> int:

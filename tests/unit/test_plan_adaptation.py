@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import tempfile
-from collections.abc import Callable
+import re
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from helpers import TASKS
-from plans import RANK, SMALL, planned, random_model, tower_config
+from plans import RANK, SMALL, planned
 from runs import own_pool, run_cli
-from torch.profiler import ProfilerActivity, profile
 
-from fusion_merge import FusionMoEAlgorithm, MergedCLIPVisionModel
+from fusion_merge import MergedCLIPVisionModel
 from fusion_merge.adaptation import experts
-from fusion_merge.adaptation.starts import ridge_start
 from fusion_merge.planning import machine, plan
-from fusion_merge.planning.duration import times
-from fusion_merge.planning.geometry import FLOAT, model_size, vision_geometry
+from fusion_merge.planning.geometry import FLOAT
 from fusion_merge.planning.machine import Speed
-from fusion_merge.planning.memory import Phase, memory_phases
-from fusion_merge.planning.needs import Images, Load, Training
+from fusion_merge.planning.memory import Phase
+from fusion_merge.planning.needs import Images, Training
 from fusion_merge.planning.plan import Plan
-from fusion_merge.planning.working import CHUNK, at_hand, kept_for_backward, regression, starting
 from fusion_merge.pools.loaders import EndlessBatches
 
 FUSION = ["method=fusion_moe", "method.rank_k=4"]
@@ -41,20 +33,6 @@ def _quick(monkeypatch):
 
 def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
-
-
-def largest(run: Callable[[], object]) -> int:
-    """The peak of the bytes that torch allocates, beside what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(file))
-        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
-    found = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: float(e["ts"]))
-    return max(e["args"]["Total Allocated"] for e in found) - (
-        found[0]["args"]["Total Allocated"] - found[0]["args"]["Bytes"]
-    )
 
 
 # What a saved model holds
@@ -142,49 +120,6 @@ def test_memory_counts_what_a_model_holds_from_when_it_holds_it(pool_dir, tmp_pa
 # Routers that start from images
 
 
-def start_load(method: FusionMoEAlgorithm, images: int, tasks: int = 4, **changes: Any) -> Load:
-    config = tower_config(hidden_size=96, intermediate_size=384, **changes)
-    adapted = {str(n): Images(100, FLOAT * 3 * 32 * 32, 0) for n in range(tasks)}
-    size = model_size(method, config, tasks)
-    return Load(vision_geometry(config), size, tasks, base=10**8, adapted=adapted, start_images=images)
-
-
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-@pytest.mark.parametrize("depth", [1, 2])
-def test_the_start_of_routers_takes_the_memory_that_was_planned(activation, depth):
-    """Of no more images than a block takes at a time: of more, only what is between blocks grows."""
-    method = FusionMoEAlgorithm(rank_k=4, router_hidden_layers=depth)
-    load = start_load(method, CHUNK // 4, hidden_act=activation)
-    model = random_model(method, tower_config(hidden_size=96, intermediate_size=384, hidden_act=activation), 4)
-    images = {str(n): torch.randn(CHUNK // 4, 3, 32, 32) for n in range(4)}
-    copied = CHUNK * FLOAT * load.tower.inputs
-    expected = copied + starting(load) + regression(load)
-    assert largest(lambda: ridge_start(model, images)) == pytest.approx(expected, rel=0.1)
-
-
-def test_more_images_to_start_from_take_more_memory_and_time_but_not_as_blocks_do():
-    method = FusionMoEAlgorithm(rank_k=4)
-    few, many = start_load(method, 8), start_load(method, 16)
-    token = FLOAT * few.tower.tokens * few.tower.width
-    assert starting(many) - starting(few) == 5 * token * (many.started_from - few.started_from)
-    slow = Speed(1e8, 1e8, 0.0)
-    seconds = [times(load, slow, steps=0, workers=0)["starting routers"] for load in (few, many)]
-    assert 1.5 * seconds[0] < seconds[1] < 2.5 * seconds[0]
-    assert many.started_from == 64
-    assert start_load(method, 1000).started_from == 400  # there are no more
-
-
-def test_on_a_gpu_the_pass_is_there_and_the_regression_on_the_host():
-    phase = next(
-        p
-        for p in memory_phases(dataclasses.replace(start_load(FusionMoEAlgorithm(rank_k=4), 8), gpu=True))
-        if p.name == "starting routers"
-    )
-    assert {"regression", "images to start from"} <= phase.host.keys()
-    assert {"activations", "images to start from", "model"} <= phase.device.keys()
-    assert "activations" not in phase.host
-
-
 def test_only_routers_that_start_from_images_have_that_phase(pool_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "measure_speed", lambda *_: SPEED)
     for start, there in (("ridge", True), ("constant", False), ("projection", False)):
@@ -203,12 +138,42 @@ def test_without_steps_routers_start_and_are_measured_and_nothing_is_adapted(poo
 
 
 @pytest.mark.parametrize(
-    ("largest_phase", "way_out"), [("starting routers", "start_images"), ("adapting", "mixed_tasks")]
+    ("largest_phase", "ways_out", "method"),
+    [
+        ("starting routers", {"method.start_images"}, "fusion_moe"),
+        (
+            "adapting",
+            {"method.use_grad_accumulate=true", "method.mixed_tasks=false", "method.batch_size"},
+            "fusion_moe",
+        ),
+        ("adapting", {"method.batch_size"}, "clip_finetune"),
+        ("evaluating", {"taskpool.batch_size"}, "fusion_moe"),
+        ("baselines", {"baselines=[]"}, "fusion_moe"),
+        *(
+            (name, set(), "fusion_moe")
+            for name in ("building", "making heads", "asking experts", "measuring", "saving")
+        ),
+    ],
 )
-def test_warnings_say_what_makes_the_largest_phase_smaller(largest_phase, way_out):
-    phases = [Phase(name, {"x": 2 if name == largest_phase else 1}, {}) for name in ("starting routers", "adapting")]
-    (warning,) = plan._warnings(Plan("method", "cpu", phases=phases, available={"host": 1}))
-    assert f"`method.{way_out}" in warning
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_warnings_say_what_makes_the_largest_phase_smaller_and_nothing_else(largest_phase, ways_out, method, where):
+    names = ("building", "making heads", "starting routers", "asking experts", "adapting", "measuring", "saving")
+    sizes = {name: {"x": 2 if name == largest_phase else 1} for name in (*names, "evaluating", "baselines")}
+    phases = [Phase(name, *((there, {}) if where == "host" else ({}, there))) for name, there in sizes.items()]
+    (warning,) = plan._warnings(Plan(method, "cpu", phases=phases, available={where: 1}))
+    assert set(re.findall("`(.*?)`", warning)) == ways_out
+    assert f"the peak is in {largest_phase}" in warning
+
+
+@pytest.mark.parametrize(
+    ("options", "copies"),
+    [(["use_grad_accumulate=true"], 1), (["use_grad_accumulate=false"], len(TASKS)), (["mixed_tasks=true"], 1)],
+)
+def test_adamerging_keeps_a_merged_state_of_each_pass_that_is_alive(pool_dir, tmp_path, options, copies):
+    more = [f"method.{option}" for option in options]
+    _, values = planned(pool_dir, tmp_path, "method=task_wise_adamerging", *SMALL, *more)
+    tower = FLOAT * values["model"]["parameters"]
+    assert values["phases"]["adapting"]["host"]["gradients and optimiser"] == (1 + copies) * tower
 
 
 # Experts that are asked
@@ -249,33 +214,3 @@ def test_experts_look_at_as_many_images_as_planned(count, batch, steps):
     batches = experts._batches(seen, range(steps * batch), count)
     training = Training(batch, asked=steps * batch)
     assert training.asked_of(Images(count, 1, count)) == sum(len(each) for each in batches)
-
-
-def test_asking_takes_as_long_as_there_are_images_that_are_seen():
-    load = start_load(FusionMoEAlgorithm(rank_k=4), 0)
-    loads = {n: dataclasses.replace(load, training=Training(16, tasks=4, batches=4, asked=n)) for n in (64, 128, 10**6)}
-    seconds = [times(load, SPEED, steps=1, workers=0)["asking experts"] for load in loads.values()]
-    assert seconds[0] < seconds[1] == seconds[2]  # of 100 images a task
-
-
-# Steps
-
-
-@pytest.mark.parametrize("mixed", [True, False])
-def test_a_step_takes_the_memory_that_was_planned(mixed):
-    config, tasks, batch = tower_config(hidden_size=96, intermediate_size=384), 4, 16
-    method = FusionMoEAlgorithm(rank_k=8, mixed_tasks=mixed)
-    model = random_model(method, config, tasks)
-    batches = [torch.randn(batch, 3, 32, 32) for _ in range(tasks)]
-    own = {"tasks": tasks, "together": tasks} if mixed else {}
-    training = Training(batch, batches=tasks, batch_routing=False, **own)
-
-    def step() -> None:
-        read = [pixels.clone() for pixels in batches]
-        for pixels in [torch.cat(read)] if mixed else read:
-            model(pixel_values=pixels).pooler_output.square().sum().backward()
-
-    step()  # afterwards gradients are there
-    tower, size = vision_geometry(config), model_size(method, config, tasks)
-    expected = training.tasks * kept_for_backward(tower, size, training) + at_hand(tower, training)
-    assert largest(step) == pytest.approx(expected, rel=0.15)

@@ -27,7 +27,7 @@ def _small_blocks(monkeypatch):
 def test_samples_may_be_taken_in_groups(kind, group, monkeypatch):
     bank, base, x, coefficients = _case(kind, BATCH)
     whole = bank(x, coefficients, base)
-    monkeypatch.setattr(row_blocks, "_SAMPLES", group)
+    monkeypatch.setattr(row_blocks, "SAMPLES", group)
     grouped = bank(x, coefficients, base)
     torch.testing.assert_close(grouped, whole)
     found, expected = (torch.autograd.grad(out.square().sum(), (x, coefficients)) for out in (grouped, whole))
