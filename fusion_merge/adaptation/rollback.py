@@ -14,7 +14,8 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 _DECAY = 0.9  # of running means: about the last ten steps
-_WARM = 10  # steps before a running mean is judged
+_SETTLED = 10  # steps after which a task's first score, and the mean over tasks, are known
+_SURE = 3.0  # standard deviations on each side of a score
 _BETTER = 1e-3  # what the mean of all tasks must rise by to be better
 _TEMPERED = 0.25  # what the weight of a task's loss is multiplied by
 _AGREEMENT, _ENTROPY = "agreement", "marginal entropy"
@@ -58,7 +59,7 @@ class _Score:
         value: the mean, in 0-1.
         noise: the variance of the mean beside that of one image: how much of the noise is left.
         best: the largest lower bound so far.
-        first: the first lower bound.
+        first: the lower bound when it was first settled.
     """
 
     value: float = 0.0
@@ -66,10 +67,13 @@ class _Score:
     best: float = -math.inf
     first: float | None = None
 
-    def margin(self, images: int) -> float:
-        """Return three standard deviations of the mean, of so many images a step."""
-        spread = max(self.value * (1 - self.value), 0.05)  # a share of images; that of none or all is not sure either
-        return 3 * math.sqrt(spread * self.noise / max(1, images))
+    def bounds(self, images: int) -> tuple[float, float]:
+        """Return what the score surely lies between, of so many images a step: Wilson's interval of a share."""
+        count = max(1, images) / self.noise  # of images that are as good as the mean
+        shrink = _SURE**2 / count
+        middle = (self.value + shrink / 2) / (1 + shrink)
+        reach = math.sqrt(self.value * (1 - self.value) * shrink + shrink**2 / 4) / (1 + shrink)
+        return middle - reach, middle + reach
 
 
 @dataclass
@@ -94,12 +98,13 @@ class RollbackGuard:
 
     .. math:: s = \frac{H(\bar p)}{\log C}, \qquad \bar p \leftarrow 0.9\, \bar p + 0.1\, \tfrac1B \sum_i p_i .
 
-    A task degrades when a measure is surely more than `margin` below the best that it surely was, with three standard
-    deviations of its noise on both sides; a fall of the entropy does not count while the agreement is above where it
-    began. The parameters that were best for the task are put back, the optimiser forgets its moments, and the task's
-    loss becomes the cross-entropy to its expert's labels; the second time that of every task does. Without experts its
-    loss counts a quarter of what it did. Adaptation ends early when a task was taken back three times, or when the mean
-    over tasks has not risen for `patience` steps; it ends with the parameters that were best on average.
+    A task degrades when a measure is surely more than `margin` below the best that it surely was, from the first step
+    on, by Wilson's intervals of three standard deviations on both sides; a fall of the entropy does not count while the
+    agreement is above where it began. The parameters that were best for the task are put back, the optimiser forgets
+    its moments, and the task's loss becomes the cross-entropy to its expert's labels; the second time that of all tasks
+    does. Without experts its loss counts a quarter of what it did. Adaptation ends early when a task was taken back
+    three times, or when the mean over tasks has not risen for `patience` steps; it ends with the parameters that were
+    best on average.
 
     Args:
         num_classes: for each task, the number of classes, C.
@@ -171,13 +176,12 @@ class RollbackGuard:
         for task, mean in means.items():
             self._take_in(task, mean, agreement.get(task))
             self._remember(task, step, before, images)
-        judged = [task for task, watched in self._tasks.items() if watched.seen >= _WARM]
-        fallen = [(*found, task) for task in judged if (found := self._fall(task, images)) is not None]
+        fallen = [(*found, task) for task in self._tasks if (found := self._fall(task, images)) is not None]
         if fallen:
             _, measure, task = max(fallen)
             self._take_back(task, measure, step)
             optimizer.state.clear()
-        elif len(judged) == len(self._tasks):
+        elif all(watched.seen >= _SETTLED for watched in self._tasks.values()):
             self._consider_ending(step, before)
         if self.stopped is not None and self._best_mean_step in self._states:
             self._put_back(self._best_mean_step)
@@ -204,10 +208,12 @@ class RollbackGuard:
     def _remember(self, task: str, step: int, before: list[Tensor], images: int) -> None:
         watched = self._tasks[task]
         for measure, score in watched.scores.items():
-            low = score.value - score.margin(images)
-            if watched.seen < _WARM or low <= score.best:
+            low, _ = score.bounds(images)
+            if watched.seen == _SETTLED and score.first is None:
+                score.first = low
+            if low <= score.best:
                 continue
-            score.best, score.first = low, low if score.first is None else score.first
+            score.best = low
             if measure == (_AGREEMENT if _AGREEMENT in watched.scores else _ENTROPY):
                 watched.best_step = step
                 self._states[step] = before
@@ -215,9 +221,9 @@ class RollbackGuard:
     def _fall(self, task: str, images: int) -> tuple[float, str] | None:
         """Return how far a measure of a task surely fell, and which; None if none did too far."""
         scores = self._tasks[task].scores
-        falls = {m: s.best - s.value - s.margin(images) for m, s in scores.items() if s.best > -math.inf}
+        falls = {measure: score.best - score.bounds(images)[1] for measure, score in scores.items()}
         known = scores.get(_AGREEMENT)
-        if known is not None and known.first is not None and known.value > known.first + known.margin(images):
+        if known is not None and known.first is not None and known.bounds(images)[0] > known.first:
             falls.pop(_ENTROPY, None)
         worst = max(((fall, measure) for measure, fall in falls.items()), default=None)
         return worst if worst is not None and worst[0] > self.margin else None

@@ -79,6 +79,18 @@ def test_a_task_with_an_expert_is_judged_by_it_and_gets_its_labels():
     assert course.guard.weight("cats") == 1
 
 
+@pytest.mark.parametrize("images", [16, 1000])
+def test_what_breaks_in_the_first_steps_is_taken_back_to_the_start(images):
+    course = Course(images, may_ask_experts=True)
+    course.go(EVEN, agreement={"cats": 1.0, "dogs": 0.9})
+    while not course.guard.interventions:
+        course.go(EVEN, agreement={"cats": 0.1, "dogs": 0.9})
+        assert course.step < 20
+    (done,) = course.guard.interventions
+    assert (done.task, done.back_to) == ("cats", 0)
+    assert course.parameter.item() == 0
+
+
 def test_a_task_taken_back_three_times_ends_adaptation():
     course = Course()
     for _ in range(14):
