@@ -31,7 +31,7 @@ from fusion_merge.processes import in_company, together
 from fusion_merge.registry import object_from_config
 from fusion_merge.report.plots import loss_curve, routing_picture
 from fusion_merge.report.provenance import provenance, routing_of, scoring_of, versions
-from fusion_merge.report.routing import routing_weights
+from fusion_merge.report.routing import block_names, routing_weights
 from fusion_merge.report.tables import accuracy_table, average, columns_of, model_size, written_report
 from fusion_merge.report.unknown_task import check_unknown_task, give_heads, unknown_task_scores
 
@@ -383,8 +383,8 @@ class FusionProgram:
             report["run"]["routing"] = {name: w.tolist() for name, w in weights.items()}
             if plot:
                 steps = f" after {record.steps} steps" if record is not None else ""
-                title = f"{self.method.method_name}{steps}"
-                routing_picture(self.output_dir / "routing.png", weights, routed.config.tasks, title=title)
+                how: dict[str, Any] = {"blocks": block_names(routed), "title": f"{self.method.method_name}{steps}"}
+                routing_picture(self.output_dir / "routing.png", weights, routed.config.tasks, **how)
                 pictures.append("routing.png")
         if plot and record is not None and record.steps > 1:
             loss_curve(self.output_dir / "loss.png", record.losses, record.measure)

@@ -24,7 +24,7 @@ from fusion_merge.models.measuring import KEPT_IMAGES
 from fusion_merge.models.merged import MergedCLIPVisionModel
 from fusion_merge.models.parameters import moved_most
 from fusion_merge.moe import Experts, Routing, find_blocks, make_router, route_mlps, set_routing, upcycle_mlps
-from fusion_merge.moe.blocks import TARGETS, check_layers, chosen_blocks, layers_of
+from fusion_merge.moe.blocks import TARGETS, check_layers, chosen_blocks, layer_of, layers_of
 from fusion_merge.moe.experts import TaskVector, empty_experts
 from fusion_merge.moe.projection_router import ProjectionRouter
 from fusion_merge.moe.selection import Selection
@@ -99,8 +99,8 @@ class MoEMethod(AdaptedMethod):
         super().__post_init__()
         if self.mixed_tasks and self.batch_reduce:
             raise ConfigError(
-                "`mixed_tasks`=True puts the images of all tasks into one batch, which cannot share one merged weight; "
-                "choose `batch_reduce`=false too"
+                "`mixed_tasks`=True puts the images of all tasks into one batch, and `batch_reduce`=True gives a batch "
+                "one merged weight; choose `mixed_tasks`=false or `batch_reduce`=false"
             )
         if self.router_start == "ridge" and self.router_hidden_layers == 0:
             raise ConfigError("`router_start`=ridge needs routers with an input; choose `router_hidden_layers` 1 or 2")
@@ -221,7 +221,8 @@ class MoEMethod(AdaptedMethod):
             images[name] = next(iter(loader))[0]
         ridge_start(model, images)
         count = sum(len(batch) for batch in images.values())
-        log.info("routers start from %d images (ridge regression, %.1f s)", count, time.perf_counter() - begun)
+        if fabric.is_global_zero:
+            log.info("routers start from %d images (ridge regression, %.1f s)", count, time.perf_counter() - begun)
 
     def finish(
         self, model: MergedCLIPVisionModel, pools: Mapping[str, CLIPVisionModelTaskPool], keep: str | None
@@ -255,6 +256,8 @@ class MoEMethod(AdaptedMethod):
         finetuned = [modelpool.state(name) for name in modelpool.model_names]
         backbone = vision_backbone(empty_tower(modelpool.config()))
         chosen = self.routed_blocks(backbone, partial(moved_most, pretrained, finetuned))
+        if str(self.layers).startswith("critical"):
+            log.info("experts in the layers %s, which fine-tuning moved most", sorted({layer_of(n) for n in chosen}))
         leave = tuple(f"{name}." for name in chosen)
         static = StaticMerge(pretrained, finetuned, scaled(self.static_weight(len(finetuned))), leave=leave)
         load_tower_state(backbone, static, where="the static merge")

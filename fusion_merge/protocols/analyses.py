@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, final
@@ -32,7 +32,7 @@ from fusion_merge.report import analysis_plots as plots
 from fusion_merge.report.comparison import Row, accuracies_table, comparison_notes, costs_table, plain_rows
 from fusion_merge.report.plots import loss_curve
 from fusion_merge.report.provenance import routing_of, versions
-from fusion_merge.report.routing import first_choices, mean_weights, routing_records
+from fusion_merge.report.routing import block_names, first_choices, mean_weights, routing_records
 
 log = logging.getLogger(__name__)
 
@@ -249,7 +249,8 @@ class Analysis:
         ]
         about: dict[str, Any] = {"images": self.images, "routing": "sample" if self.name == "first_choice" else own}
         about |= {"method": model.config.method, "options": model.config.method_options}
-        draw = plots.first_choice_picture if self.name == "first_choice" else plots.layers_picture
+        layers = partial(plots.layers_picture, blocks=block_names(model))
+        draw = plots.first_choice_picture if self.name == "first_choice" else layers
         picture = self._picture(fabric)
         if fabric.is_global_zero:
             draw(picture, found, experts, title=model.config.method)

@@ -21,13 +21,16 @@ _NAMED = 8
 """So many experts have their names below each of several matrices; more are numbered."""
 
 
-def layers_picture(path: Path, weights: Mapping[str, Tensor], experts: Sequence[str], *, title: str) -> None:
+def layers_picture(
+    path: Path, weights: Mapping[str, Tensor], experts: Sequence[str], *, blocks: Sequence[str], title: str
+) -> None:
     """Draw the mean merging coefficients of each layer: one matrix task × expert a layer, on one scale of colours.
 
     Args:
         path: the picture's file.
         weights: for each task, the mean coefficients (L, N).
         experts: the N tasks whose experts they are.
+        blocks: the names of the L routed blocks.
         title: what made the model, in words.
     """
     import numpy as np
@@ -43,7 +46,7 @@ def layers_picture(path: Path, weights: Mapping[str, Tensor], experts: Sequence[
     if len(experts) > _NAMED:  # names would not fit below one another's columns
         numbers = {name: str(number) for number, name in enumerate(experts, start=1)}
         tasks, experts = [f"{task}  {numbers.get(task, '')}".rstrip() for task in tasks], list(numbers.values())
-    for axis, (layer, matrix) in zip(axes, enumerate(values), strict=False):
+    for axis, layer, matrix in zip(axes, blocks, values, strict=False):
         image = heatmap(
             axis, matrix, tasks, experts, f"layer {layer}", limits, font=8 if few else 7, digits=1 if few else None
         )

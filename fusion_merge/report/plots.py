@@ -36,7 +36,9 @@ def loss_curve(path: Path, losses: Mapping[str, Sequence[float]], measure: str =
     save_figure(figure, path)
 
 
-def routing_picture(path: Path, weights: Mapping[str, Tensor], experts: Sequence[str], *, title: str = "") -> None:
+def routing_picture(
+    path: Path, weights: Mapping[str, Tensor], experts: Sequence[str], *, blocks: Sequence[str] = (), title: str = ""
+) -> None:
     """Draw which experts each task's images call for: over all layers, and the own expert layer by layer.
 
     Both parts share one scale of colours, which covers at least 0 to 1, so that small differences stay pale.
@@ -45,6 +47,7 @@ def routing_picture(path: Path, weights: Mapping[str, Tensor], experts: Sequence
         path: the picture's file.
         weights: for each task, the mean coefficients (L, N).
         experts: the N tasks whose experts they are.
+        blocks: the names of the L routed blocks; numbers from 0 by default.
         title: what made the model, in words.
     """
     import numpy as np
@@ -61,7 +64,8 @@ def routing_picture(path: Path, weights: Mapping[str, Tensor], experts: Sequence
     image = heatmap(axes[0], overall, tasks, list(experts), "mean over layers", limits)
     axes[0].set(xlabel="expert", ylabel="images of task")
     if own is not None:
-        heatmap(axes[1], own, known, [str(i) for i in range(own.shape[1])], "the task's own expert", limits)
+        names = list(blocks) or [str(i) for i in range(own.shape[1])]
+        heatmap(axes[1], own, known, names, "the task's own expert", limits)
         axes[1].set(xlabel="layer", yticks=[])
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
     bar.ax.tick_params(labelsize=7)

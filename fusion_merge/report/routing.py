@@ -9,9 +9,20 @@ from torch import Tensor
 
 from fusion_merge.models.clip import pooled_output
 from fusion_merge.models.merged import MergedCLIPVisionModel
-from fusion_merge.moe import record_coefficients
+from fusion_merge.moe import moe_layers, record_coefficients
+from fusion_merge.moe.blocks import layer_of
 from fusion_merge.pools.loaders import Placement, evaluation_loader
 from fusion_merge.pools.task_pool import CLIPVisionModelTaskPool
+
+
+def block_names(model: MergedCLIPVisionModel) -> list[str]:
+    """Return what pictures call a model's routed blocks: the numbers of their layers, and `attn` where it is attention.
+
+    Args:
+        model: a routed model.
+    """
+    blocks = moe_layers(model.vision_model)
+    return [f"{layer_of(name)}{' attn' if block.kind == 'attention' else ''}" for name, block in blocks.items()]
 
 
 @torch.no_grad()

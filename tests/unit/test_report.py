@@ -11,10 +11,10 @@ from helpers import TASKS
 from PIL import Image
 from runs import files_in
 
-from fusion_merge import RankOneMoEAlgorithm, WEMoEAlgorithm
+from fusion_merge import FusionMoEAlgorithm, RankOneMoEAlgorithm, WEMoEAlgorithm
 from fusion_merge.pools.loaders import Placement
 from fusion_merge.report.plots import loss_curve, routing_picture
-from fusion_merge.report.routing import routing_weights
+from fusion_merge.report.routing import block_names, routing_weights
 from fusion_merge.report.tables import accuracy_table, model_size, written_report
 
 
@@ -149,6 +149,13 @@ def test_routing_picture_of_equal_weights_is_a_picture(tmp_path):
 
 
 # Routing weights
+
+
+def test_pictures_call_routed_blocks_by_their_layers(modelpool):
+    both = FusionMoEAlgorithm(max_steps=0, rank_k=3, router_start="constant").run(modelpool)
+    assert block_names(both) == ["0 attn", "0", "1 attn", "1"]
+    last = FusionMoEAlgorithm(max_steps=0, rank_k=3, router_start="constant", layers=[1], targets="mlp").run(modelpool)
+    assert block_names(last) == ["1"]
 
 
 @pytest.mark.parametrize(
