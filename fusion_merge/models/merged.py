@@ -229,7 +229,8 @@ class MergedCLIPVisionModel(PreTrainedModel):
         Args:
             name: what the task is called.
             model: its fine-tuned tower, a module or its tensors by name; not changed.
-            images: preprocessed images of the task, one tensor or batches (B, 3, height, width); 64 are enough.
+            images: preprocessed images of the task, one tensor or batches (B, 3, height, width); 64 are enough
+                where they are drawn from all classes, and not the first ones of a sorted folder.
             head: its head, if the model is to predict with it.
             classnames: the names of the head's classes.
             pretrained: the tower that all models were fine-tuned from.
