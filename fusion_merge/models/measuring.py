@@ -54,6 +54,26 @@ def check_routed(model: MergedCLIPVisionModel) -> None:
         )
 
 
+def check_images(model: MergedCLIPVisionModel, images: object, what: str) -> None:
+    """Refuse what is no batch of images of the model's size.
+
+    Args:
+        model: the model.
+        images: what was given for them.
+        what: how errors call them.
+
+    Raises:
+        ModelError: if it is no tensor (B, channels, height, width).
+    """
+    config = vision_config(model.config.vision_config, where="the merged model")
+    expected = (config.num_channels, config.image_size, config.image_size)
+    if not isinstance(images, Tensor) or images.dim() != 4 or tuple(images.shape[1:]) != expected:
+        found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ModelError(
+            f"{what} are {found}, not a tensor (B, {', '.join(map(str, expected))}) of preprocessed images"
+        )
+
+
 @torch.no_grad()
 def measure(model: MergedCLIPVisionModel, task: str, batches: Iterable[Tensor]) -> Tensor:
     """See `MergedCLIPVisionModel.measure`."""

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from fusion_merge.errors import ConfigError, ModelError
 from fusion_merge.models.clip import canonical_names, expected_shapes, module_state, vision_config
 from fusion_merge.models.heads import TaskHeads, ZeroShotHead
-from fusion_merge.models.measuring import check_routed, kept_coefficients, knows_inputs, measure, task_index
+from fusion_merge.models.measuring import (
+    check_images,
+    check_routed,
+    kept_coefficients,
+    knows_inputs,
+    measure,
+    task_index,
+)
 from fusion_merge.moe.experts import Experts, SparseExperts
 from fusion_merge.moe.features import blocks_by_router, inner_router, record_last_inputs
 from fusion_merge.moe.layer import MoELinear, RoutedBlock, moe_layers
@@ -144,12 +151,8 @@ def _state(model: MergedCLIPVisionModel, source: Source, where: str) -> Mapping[
 
 def _batches(model: MergedCLIPVisionModel, name: str, images: Tensor | Iterable[Tensor]) -> list[Tensor]:
     batches = list(images.split(_BATCH)) if isinstance(images, Tensor) else list(images)
-    config = vision_config(model.config.vision_config, where="the merged model")
-    expected = (config.num_channels, config.image_size, config.image_size)
     for batch in batches:
-        if not isinstance(batch, Tensor) or tuple(batch.shape[1:]) != expected:
-            found = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
-            raise ModelError(f"images of `{name}` are {found}, not a tensor (B, {', '.join(map(str, expected))})")
+        check_images(model, batch, f"images of `{name}`")
     if not sum(len(batch) for batch in batches):
         raise ModelError(f"there is no image of `{name}`; give at least one batch, 64 images are usual")
     return batches

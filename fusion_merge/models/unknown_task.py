@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fusion_merge.errors import ConfigError, ModelError, nearest
 from fusion_merge.models.clip import pooled_output
 from fusion_merge.models.heads import TaskHeads
-from fusion_merge.models.measuring import check_routed, kept_coefficients, knows_inputs, task_index
+from fusion_merge.models.measuring import check_images, check_routed, kept_coefficients, knows_inputs, task_index
 from fusion_merge.moe.experts import DenseExperts, Experts, LowRankExperts, SparseExperts
 from fusion_merge.moe.features import record_inputs
 from fusion_merge.moe.layer import RoutedBlock, Routing, moe_layers, record_coefficients
@@ -48,6 +48,7 @@ class Prediction(NamedTuple):
 @torch.no_grad()
 def identify(model: MergedCLIPVisionModel, images: Tensor, by: str) -> Tensor:
     """See `MergedCLIPVisionModel.identify`."""
+    _check_batch(model, images)
     return observe(model, images, by)[1]
 
 
@@ -60,6 +61,7 @@ def predict(model: MergedCLIPVisionModel, images: Tensor, task: str | None, by: 
             "the model has no heads to predict with; give it some with `set_heads(heads, classnames)`: "
             "`taskpool.head(task)` and `taskpool.task(task).classnames` of a task pool are such"
         )
+    _check_batch(model, images)
     if task is not None:
         task_index(model, task)
         heads.head(task)
@@ -71,6 +73,12 @@ def predict(model: MergedCLIPVisionModel, images: Tensor, task: str | None, by: 
         pooled, scores = observe(model, images, by)
         tasks = [model.config.tasks[index] for index in scores.argmax(dim=1).tolist()]
     return _answers(heads, pooled.float(), tasks, scores)
+
+
+def _check_batch(model: MergedCLIPVisionModel, images: Tensor) -> None:
+    check_images(model, images, "images")
+    if not len(images):
+        raise ModelError("there is no image in the batch; give at least one")
 
 
 def _answers(heads: TaskHeads, pooled: Tensor, tasks: list[str], scores: Tensor | None) -> Prediction:

@@ -208,6 +208,22 @@ def test_what_is_not_measured_is_said(model):
         model.identify(_pixels(0))
 
 
+@pytest.mark.parametrize(
+    "images", [torch.zeros(3, 16, 16), torch.zeros(2, 3, 8, 8), "cats.png", [torch.zeros(3, 16, 16)]]
+)
+def test_what_is_no_batch_of_images_is_refused(model, taskpool, images):
+    _with_everything(model, taskpool)
+    for ask in (model.predict, model.identify):
+        with pytest.raises(ModelError, match=r"images are .*, not a tensor \(B, 3, 16, 16\) of preprocessed images"):
+            ask(images)
+
+
+def test_an_empty_batch_is_refused(model, taskpool):
+    _with_everything(model, taskpool)
+    with pytest.raises(ModelError, match="no image in the batch"):
+        model.predict(torch.zeros(0, 3, 16, 16))
+
+
 def test_unknown_names_are_refused(model, taskpool):
     _with_everything(model, taskpool)
     with pytest.raises(ModelError, match="did you mean `cats`"):
