@@ -68,8 +68,10 @@ def iso_cts(stacked: Tensor, common_space_fraction: float) -> Tensor:
     own = min(round((rank - int(rank * common_space_fraction)) / tasks), rank // tasks)
     common = singular_triplets(stacked.sum(dim=0), rank - own * tasks)
     basis = common[0]  # (O, c)
-    rests = (matrix - basis @ (basis.T @ matrix) for matrix in stacked)
-    parts = [common, *(singular_triplets(r, own, beside=m) for r, m in zip(rests, stacked, strict=True))]
+    parts = [common]
+    for matrix in stacked:
+        rest = matrix - basis @ (basis.T @ matrix)
+        parts.append(singular_triplets(rest, own, beside=matrix if basis.numel() else None))  # exact without a basis
     left, values, right = (torch.cat(some, dim=-1) for some in zip(*parts, strict=True))
     return values.sum() / max(1, values.numel()) * (polar(left) @ polar(right).T)
 

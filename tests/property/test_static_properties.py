@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -223,20 +223,28 @@ def test_a_task_that_changed_nothing_bends_no_other(seed, tasks):
 @few
 @given(seeds, st.integers(2, 4), st.sampled_from([(8, 12), (12, 8), (8, 8)]))
 def test_spectral_merges_do_not_depend_on_the_order_of_tasks(seed, tasks, shape):
-    stacked = draw(seed, tasks, *shape)
+    stacked = draw(seed, tasks, *shape).double()  # in float32 near-equal singular values alone make thousandths
     for merge in (tsv_merge, lambda s: iso_cts(s, 0.5)):
-        torch.testing.assert_close(merge(stacked.flip(0)), merge(stacked), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(merge(stacked.flip(0)), merge(stacked), atol=1e-6, rtol=1e-6)
 
 
 @few
 @given(seeds, st.integers(1, 4), st.sampled_from([(8, 12), (12, 8), (8, 8)]), st.floats(0, 1))
 def test_isotropic_merges_have_one_singular_value(seed, tasks, shape, fraction):
     stacked = draw(seed, tasks, *shape)
+    # beside a common space a direction counts from a 10,000th of its matrix on; one 8 × 8 in 260 has a smaller one
+    assume(all(torch.linalg.svdvals(matrix)[-1] > 2e-4 * torch.linalg.matrix_norm(matrix) for matrix in stacked))
     for merged in (iso_c(stacked.sum(dim=0)), iso_cts(stacked, fraction)):
         values = torch.linalg.svdvals(merged)
         torch.testing.assert_close(values, values.mean().expand_as(values), atol=1e-3, rtol=1e-3)
     total = torch.linalg.svdvals(stacked.sum(dim=0)).sum()
     torch.testing.assert_close(torch.linalg.svdvals(iso_c(stacked.sum(dim=0))).sum(), total, atol=1e-3, rtol=1e-3)
+
+
+def test_a_small_direction_stays_where_nothing_was_taken_away_from_it():
+    """Its singular value is a 6,000th of the largest, which is no rounding of a matrix that is left as it was."""
+    values = torch.linalg.svdvals(iso_cts(draw(44, 1, 8, 8), 0.0))
+    torch.testing.assert_close(values, values[0].expand(8))
 
 
 @few

@@ -67,6 +67,7 @@ def test_every_method_file_registers_a_method():
         "adamerging_base",
         "adapted_base",
         "moe_base",
+        "rank_one_base",
         "static_base",
     }
     assert {get_method(name).__module__.rpartition(".")[2] for name in list_methods()} == modules

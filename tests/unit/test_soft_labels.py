@@ -180,11 +180,6 @@ def test_patience_without_a_guard_that_acts_is_refused():
         WEMoEAlgorithm(patience=5)
 
 
-def test_mixed_tasks_and_batch_routing_are_refused_with_both_ways_out():
-    with pytest.raises(ConfigError, match="choose `mixed_tasks`=false or `batch_reduce`=false"):
-        WEMoEAlgorithm(mixed_tasks=True)
-
-
 def test_infomax_of_single_images_is_refused_where_there_is_one_process():
     WEMoEAlgorithm(objective="entropy+infomax", batch_size=1, devices=2)
     with pytest.raises(ConfigError, match="`batch_size`=1 makes infomax zero in one process"):

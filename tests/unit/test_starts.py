@@ -187,7 +187,7 @@ def test_starts_that_do_not_go_with_a_router_are_refused(modelpool, images):
 
 
 def test_images_of_all_tasks_in_one_batch_cannot_share_one_weight():
-    with pytest.raises(ConfigError, match=r"`mixed_tasks`=True .* choose `batch_reduce`=false"):
+    with pytest.raises(ConfigError, match=r"`mixed_tasks`=True .* choose `mixed_tasks`=false or `batch_reduce`=false"):
         RankOneMoEAlgorithm(mixed_tasks=True)
 
 
