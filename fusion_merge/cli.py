@@ -59,6 +59,9 @@ _WRITTEN: dict[str, Literal["file", "folder"]] = {
 """What a run writes: in a sweep each job has its own, such as `merged/0` and `report-0.json` of the first."""
 
 
+_VALUED = ("--config-dir", "-cd", "--cfg", "-c")
+"""Hydra's flags that have a value, and that help can be asked beside."""
+
 _TICK = 0.05  # seconds by which the clock of a file system may be behind
 
 _OURS = "FUSION_MERGE_MESSAGES"
@@ -84,7 +87,7 @@ def main() -> None:
         pools = [n for a in sys.argv[1:] if a.startswith("modelpool=") for n in choices(a)]
         register_presets(pool for pool in pools if not _has_own_taskpool(pool, arguments))
         if (overrides := _help_on(sys.argv[1:])) is not None:
-            sys.stdout.write(help_text(overrides))
+            sys.stdout.write(help_text(overrides, _config_folders(arguments)))
             return
         hydra.main(config_path="pkg://fusion_merge.config", config_name="config", version_base="1.3")(
             partial(_job, tracebacks)
@@ -104,20 +107,35 @@ def _presets_alone(arguments: list[str]) -> list[str]:
     return [a for a in arguments if a not in names or names[a] in presets or not is_registered(names[a])]
 
 
-def _has_own_taskpool(name: str, arguments: Sequence[str]) -> bool:
-    """Tell whether the user's own folder of presets has a task pool of that name."""
+def _config_folders(arguments: Sequence[str]) -> list[Path]:
+    """Return the user's own folders of presets."""
     folders = [a.partition("=")[2] for a in arguments if a.startswith(("--config-dir=", "-cd="))]
     folders += [folder for flag, folder in pairwise(arguments) if flag in ("--config-dir", "-cd")]
-    return any((Path(folder).expanduser() / "taskpool" / f"{name}.yaml").is_file() for folder in folders)
+    return [Path(folder).expanduser() for folder in folders]
 
 
-def _help_on(arguments: list[str]) -> list[str] | None:
+def _has_own_taskpool(name: str, arguments: Sequence[str]) -> bool:
+    """Tell whether the user's own folder of presets has a task pool of that name."""
+    return any((folder / "taskpool" / f"{name}.yaml").is_file() for folder in _config_folders(arguments))
+
+
+def _help_on(arguments: Sequence[str]) -> list[str] | None:
     """Return the overrides that help is asked about, or None where Hydra is to answer: it knows all of its flags."""
-    flags = {argument for argument in arguments if argument.startswith("-")}
-    searched = any(word in argument for argument in arguments for word in ("glob(", "interval("))
-    if not {"--help", "-h"} & flags or flags - {"--help", "-h", "--multirun", "-m"} or searched:
+    flags, overrides = set[str](), list[str]()
+    left = iter(arguments)
+    for argument in left:
+        flag = argument.partition("=")[0]
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        flags.add(flag)
+        if flag in _VALUED and flag == argument:
+            next(left, None)
+    searched = any(word in argument for argument in overrides for word in ("glob(", "interval("))
+    unknown = flags - {"--help", "-h", "--multirun", "-m", *_VALUED}
+    if not flags & {"--help", "-h"} or unknown or searched or not all(map(Path.is_dir, _config_folders(arguments))):
         return None
-    return [first_choice(argument) for argument in arguments if argument not in flags]
+    return [first_choice(argument) for argument in overrides]
 
 
 def _job(tracebacks: bool, config: DictConfig) -> dict[str, Any] | None:
@@ -286,7 +304,7 @@ def _output_dir(config: dict[str, Any]) -> Path:
 def _open(argument: str) -> str:
     """Let overrides add names to the tables that users fill, and take away what a null takes away."""
     key, equals, value = argument.partition("=")
-    if equals and not key:
+    if equals and not key.strip("+~"):
         raise ConfigError(f"`{argument}` has no key; write KEY=VALUE")
     if key in GROUPS and equals and value in ("", "null"):
         raise ConfigError(f"`{key}`={value or None} names no preset; choose one with `{key}=NAME`")

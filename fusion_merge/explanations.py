@@ -6,15 +6,16 @@ import re
 import sys
 from collections.abc import Sequence
 
+import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fusion_merge.errors import FusionMergeError, nearest
-from fusion_merge.presets import LONG_PATHS, preset_names
+from fusion_merge.errors import FusionMergeError, nearest, reason
+from fusion_merge.presets import LONG_PATHS, merging_presets, preset_names
 
 GROUPS = ("method", "modelpool", "taskpool")
 """The groups of presets that every run chooses from."""
@@ -30,12 +31,12 @@ def explain(error: Exception) -> str:
         return _explain_preset(*str(error.missing_cfg_file).partition("/")[::2], error.options or [])
     if isinstance(error, OmegaConfBaseException) and isinstance(error.__cause__, FusionMergeError):
         return str(error.__cause__)  # of a resolver of our own
+    if isinstance(error, OverrideParseException):
+        return _explain_grammar(error)
     if found := re.search(r"Could not override '([^']+)'", str(error)):
         return _explain_key(found[1])
     cause = error.__cause__
     messages = [str(error)]
-    if "LexerNoViableAlt" in messages[0]:
-        messages.append('Within braces and brackets, write values with signs such as ~ in quotes: {cats: "~/cats"}')
     if isinstance(cause, Exception) and str(cause) not in messages[0]:
         messages.append(str(cause))
     if found := re.match(r"Error merging override ([^=\s]+)=(\S*)", messages[0]):
@@ -43,6 +44,21 @@ def explain(error: Exception) -> str:
     lines = [line for message in messages for line in message.splitlines()]
     details = ("full_key:", "object_type=", "reference_type=")
     return " ".join(line.strip() for line in lines if line.strip() and not line.strip().startswith(details))
+
+
+def _explain_grammar(error: OverrideParseException) -> str:
+    """Return what is wrong with an override that Hydra cannot take apart, and how to write it."""
+    given = error.override.removeprefix("++")  # where it is we who added them
+    key, equals, value = given.partition("=")
+    if not equals:
+        return f"`{given}` has no value; write KEY=VALUE"
+    why = reason(error).removeprefix("LexerNoViableAltException: ")
+    why = "" if why in (error.override, f"Error parsing override '{error.override}'") else f" ({why})"
+    if value.startswith(("[", "{")):
+        way_out = 'close all brackets, and write texts with spaces or signs in quotes: {cats: "~/cats"}, ["a {}"]'
+    else:
+        way_out = f"""write a text with spaces or signs in quotes of its own: '{key}="{value}"'"""
+    return f"`{given}` cannot be read{why}; {way_out}"
 
 
 def _explain_preset(group: str, name: str, options: Sequence[str]) -> str:
@@ -70,8 +86,16 @@ def _explain_key(key: str) -> str:
             )
             if owner is not None:
                 return f"`{part}` is not an option; did you mean `{owner}.{part}`?"
+            if parts[:depth] == ["method"] and (others := _methods_with(part)):
+                return f"`method.{part}` is not an option of this method, but one of {', '.join(others)}"
             return f"`{'.'.join(parts[: depth + 1])}` is not an option; {nearest(part, map(str, node))}"
     return f"`{key}` cannot be set; see `--cfg job` for what can"
+
+
+def _methods_with(option: str) -> list[str]:
+    """Return the presets of the methods that have an option."""
+    presets = {name: yaml.safe_load(text) for name, text in merging_presets().items()}
+    return [name for name, preset in presets.items() if isinstance(preset, dict) and option in preset]
 
 
 def _selected_config() -> DictConfig:

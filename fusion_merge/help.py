@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from string import Template
 
 from hydra import compose, initialize_config_module
@@ -18,31 +20,39 @@ _MANY = 4
 """So many presets with one beginning are shown as one family."""
 
 
-def help_text(overrides: list[str]) -> str:
+def help_text(overrides: list[str], folders: Iterable[Path] = ()) -> str:
     """Return the help: usage, presets, and the options of the presets that are chosen, with their values.
 
     Args:
         overrides: the arguments `KEY=VALUE`.
+        folders: the user's own folders of presets.
 
     Raises:
         HydraException: if they cannot be combined.
     """
     GlobalHydra.instance().clear()
+    own = [folder.absolute() for folder in folders]
+    if own:
+        overrides = [*overrides, f"hydra.searchpath={json.dumps([f'file://{folder}' for folder in own])}"]
     with initialize_config_module(CONFIG, version_base="1.3"):
         config = compose("config", overrides=overrides, return_hydra_config=True)
     template = Template(config.hydra.help.template)
     options = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    return template.substitute(APP_CONFIG_GROUPS=shown_presets(), CONFIG=OmegaConf.to_yaml(options))
+    return template.substitute(APP_CONFIG_GROUPS=shown_presets(own), CONFIG=OmegaConf.to_yaml(options))
 
 
-def shown_presets() -> str:
-    """Return the presets of each group that a user chooses from, families of names in braces, wrapped."""
+def shown_presets(folders: Iterable[Path] = ()) -> str:
+    """Return the presets of each group that a user chooses from, families of names in braces, wrapped.
+
+    Args:
+        folders: the user's own folders of presets.
+    """
     width = min(max(shutil.get_terminal_size().columns, 64), 120)
     groups = sorted(CHOSEN)
     indent = " " * (max(map(len, groups)) + 2)
     lines: list[str] = []
     for group in groups:
-        if not (names := preset_names(group)):
+        if not (names := preset_names(group, folders)):
             continue
         for number, family in enumerate(_families(names)):
             first = indent if number else f"{group:{len(indent)}}"

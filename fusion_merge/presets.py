@@ -12,6 +12,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from pathlib import Path
 
 import yaml
 from hydra.core.config_store import ConfigStore
@@ -55,13 +56,15 @@ def other_packages() -> tuple[str, ...]:
     return tuple(sorted(declared))
 
 
-def preset_names(group: str) -> list[str]:
+def preset_names(group: str, folders: Iterable[Path] = ()) -> list[str]:
     """Return the presets of a group, sorted, those of other packages included.
 
     Args:
         group: such as `modelpool` or `dataset/task`.
+        folders: the user's own folders of presets.
     """
-    return sorted({name for folder in _folders(group) for name in _names(folder)})
+    own = [folder / group for folder in folders if (folder / group).is_dir()]
+    return sorted({name for folder in (*_folders(group), *own) for name in _names(folder)})
 
 
 def chosen_presets() -> dict[str, list[str]]:

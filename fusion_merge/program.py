@@ -387,7 +387,7 @@ class FusionProgram:
                 routing_picture(self.output_dir / "routing.png", weights, routed.config.tasks, **how)
                 pictures.append("routing.png")
         if plot and record is not None and record.steps > 1:
-            loss_curve(self.output_dir / "loss.png", record.losses, record.measure)
+            loss_curve(self.output_dir / "loss.png", record.losses, record.measure, taken_back=record.taken_back)
             pictures.append("loss.png")
         return pictures
 

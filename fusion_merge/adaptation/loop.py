@@ -63,6 +63,11 @@ class AdaptationRecord:
     seconds: float = 0.0
     trained: int = 0
 
+    @property
+    def taken_back(self) -> list[tuple[int, str]]:
+        """The steps at which a guard put earlier parameters back, and for which tasks."""
+        return [(done.step, done.task) for done in self.interventions]
+
     def told(self) -> dict[str, Any]:
         """Return what a report says of it, as plain values: all but the course of the losses."""
         told = {name: value for name, value in vars(self).items() if name != "losses"}

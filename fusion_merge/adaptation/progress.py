@@ -53,7 +53,21 @@ class Progress:
         if resume and path.is_file():
             self.step = int(self._checked(read_about(path, _WHAT))["step"])
         elif resume:
-            log.info("no adaptation progress in %s: starting from the first step", path)
+            log.info("no adaptation progress in %s: starting from the first step%s", path, self._another())
+
+    def _another(self) -> str:
+        """Return how the newest progress of the method that is there differs from what was looked for, in words."""
+        files = self.path.parent.glob(f"{self.path.stem.rpartition('-')[0]}-*{self.path.suffix}")
+        try:
+            newest = max(files, key=lambda file: file.stat().st_mtime)
+            stored = read_about(newest, _WHAT)["belongs_to"]
+        except (ValueError, KeyError, OSError):  # there is none, or it is no use
+            return ""
+        try:
+            check_belongs(newest, _WHAT, stored, self._belongs_to)
+        except CheckpointError as error:
+            return f"; {error}"
+        return ""
 
     def due(self, step: int) -> bool:
         """Tell whether to save after this many steps.

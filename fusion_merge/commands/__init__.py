@@ -95,6 +95,8 @@ def spell_out(arguments: list[str]) -> list[str]:
     elif about is not None and rest and _is_name(rest[0]):
         method = _SWEPT.get(rest[0]) if word == "analyse" else None
         chosen = any(argument.startswith("method=") for argument in rest)
+        if len(rest) > 1 and _is_name(rest[1]):
+            raise ConfigError(f"`{rest[1]}`: {word} is about one name; write `{word} {rest[0]}`")
         rest[0] = f"{about}={rest[0]}"
         rest += [f"method={method}"] if method and not chosen else []
     return [f"command={word}", *rest]

@@ -102,6 +102,7 @@ class MoEMethod(AdaptedMethod):
                 "`mixed_tasks`=True puts the images of all tasks into one batch, and `batch_reduce`=True gives a batch "
                 "one merged weight; choose `mixed_tasks`=false or `batch_reduce`=false"
             )
+        check_layers(self.layers)
         if self.router_start == "ridge" and self.router_hidden_layers == 0:
             raise ConfigError("`router_start`=ridge needs routers with an input; choose `router_hidden_layers` 1 or 2")
 

@@ -110,12 +110,12 @@ def empty_block(spec: Mapping[str, Any], block: nn.Module, shared_router: nn.Mod
     return routed_block(block, make_bank, make_router, Routing(spec["routing"]), empty_selection(spec["selection"]))
 
 
-def check_layers(layers: str | list[int], count: int) -> int | None:
-    """Refuse a choice of layers that a model does not have.
+def check_layers(layers: str | list[int], count: int | None = None) -> int | None:
+    """Refuse a choice of layers that no model has, or that one of so many layers does not.
 
     Args:
         layers: `all`, numbers from 0, or `critical:K`.
-        count: how many layers the model has.
+        count: how many layers the model has; None where that is not known yet.
 
     Returns:
         K, where that is the choice.
@@ -124,16 +124,18 @@ def check_layers(layers: str | list[int], count: int) -> int | None:
         ConfigError: if the choice is of another form, names a layer twice, or one that is not there.
     """
     if isinstance(layers, list):
-        if not layers or len(set(layers)) < len(layers) or not all(0 <= layer < count for layer in layers):
-            raise ConfigError(f"`layers`={layers} is not possible; choose different ones among 0-{count - 1}, or all")
+        if not layers or len(set(layers)) < len(layers) or not all(0 <= n < (count or n + 1) for n in layers):
+            there = "from 0 on" if count is None else f"among 0-{count - 1}"
+            raise ConfigError(f"`layers`={layers} is not possible; choose different ones {there}, or all")
         return None
     word, _, number = layers.partition(":")
     if layers == "all":
         return None
-    if word != "critical" or not number.isdecimal() or not 1 <= int(number) <= count:
+    if word != "critical" or not number.isdecimal() or not 1 <= int(number) <= (count or int(number)):
+        last = "1" if count is None else str(count - 1)
         raise ConfigError(
-            f"`layers`={layers!r} is not possible; choose all, a list such as [0, {count - 1}], "
-            f"or critical:K with K in 1-{count}"
+            f"`layers`={layers!r} is not possible; choose all, a list such as [0, {last}], or critical:K with K "
+            + ("at least 1" if count is None else f"in 1-{count}")
         )
     return int(number)
 

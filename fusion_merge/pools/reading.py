@@ -68,7 +68,13 @@ def open_data(name: str, data: Any, split: str | None, purpose: Purpose) -> Any:
             raise DataError(
                 f"cannot read the dataset of `{name}` from `{data}`: it is not here and not in the cache; {WAY_OUT}"
             ) from error
-        raise DataError(f"cannot read the dataset of `{name}` from `{data}`: {error}") from error
+        raise DataError(f"cannot read the dataset of `{name}` from `{data}`{_not_beside(data)}: {error}") from error
+
+
+def _not_beside(data: Any) -> str:
+    """Return in words that what may be a path or a hub id is not in the folder that it would be in, if that is here."""
+    folder = Path(data).parent if isinstance(data, str) else Path()
+    return f", which is not in the folder `{folder}` that is here" if folder.parts and folder.is_dir() else ""
 
 
 def same_split(first: str, second: str) -> bool:

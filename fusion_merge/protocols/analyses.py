@@ -306,7 +306,7 @@ class Analysis:
             **self._about_method(),
         }
         if fabric.is_global_zero:
-            loss_curve(self._picture(fabric), record.losses, record.measure)
+            loss_curve(self._picture(fabric), record.losses, record.measure, taken_back=record.taken_back)
         return self._write(lines, about, fabric)
 
     def _sweep(self, fabric: Fabric) -> Path:

@@ -11,20 +11,30 @@ from torch import Tensor
 from fusion_merge.report.drawing import LINES, colours, heatmap, new_figure, plain_axis, save_figure
 
 
-def loss_curve(path: Path, losses: Mapping[str, Sequence[float]], measure: str = "entropy") -> None:
+def loss_curve(
+    path: Path,
+    losses: Mapping[str, Sequence[float]],
+    measure: str = "entropy",
+    *,
+    taken_back: Sequence[tuple[int, str]] = (),
+) -> None:
     """Draw the entropy, or other loss, of each task over the adaptation steps, smoothed, and their mean.
 
     Args:
         path: the picture's file.
         losses: for each task, that of each step.
         measure: what it is: `entropy`, in nats, or the `loss` of another objective.
+        taken_back: the steps at which a guard put earlier parameters back, and for which tasks.
     """
     import numpy as np
 
     figure, (axis,) = new_figure((7.0, 4.0))
     smooth = {name: _smooth(np.asarray(values)) for name, values in losses.items()}
-    for index, ((name, values), colour) in enumerate(zip(smooth.items(), colours(len(losses)), strict=True)):
-        axis.plot(values, color=colour, linewidth=1.2, linestyle=LINES[index % len(LINES)], label=name)
+    coloured = dict(zip(losses, colours(len(losses)), strict=True))
+    for index, (name, values) in enumerate(smooth.items()):
+        axis.plot(values, color=coloured[name], linewidth=1.2, linestyle=LINES[index % len(LINES)], label=name)
+    for number, (step, task) in enumerate(taken_back):
+        axis.axvline(step, color=coloured[task], linewidth=1.0, linestyle=":", label="taken back" if not number else "")
     mean = np.mean(list(smooth.values()), axis=0)
     axis.plot(mean, color="black", linewidth=2.5, label="mean")
     label = "entropy of predictions (nats)" if measure == "entropy" else measure

@@ -7,6 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fusion_merge.pools.model_pool import PRETRAINED
 from fusion_merge.report.adaptation import adaptation_notes
 
 Column = Mapping[str, Any]
@@ -114,7 +115,7 @@ def written_report(report: Mapping[str, Any], table: str, pictures: Sequence[str
         split = run.get("options", {}).get("tta_split", "test")
         images = "" if split == "test" else f" on the split `{split}`, which is not what is scored"
         lines += [
-            f"Routers adapted for {adaptation['steps']} steps in {adaptation['seconds']:.1f} s{images}{resumed}{end}.",
+            f"Adapted for {adaptation['steps']} steps in {adaptation['seconds']:.1f} s{images}{resumed}{end}.",
             "",
         ]
         for note in adaptation_notes({**adaptation, "interrupted": False}):  # which was said
@@ -125,7 +126,18 @@ def written_report(report: Mapping[str, Any], table: str, pictures: Sequence[str
     lines += [f"| {phase} | {seconds:.1f} |" for phase, seconds in run["seconds"].items()]
     lines += [
         "",
+        *_how(run),
         f"Seed {run['seed']}; " + ", ".join(f"{k} {v}" for k, v in run["versions"].items()) + ".",
         "",
     ]
     return "\n".join(lines)
+
+
+def _how(run: Mapping[str, Any]) -> list[str]:
+    """Return paragraphs on the models and the options of a run; options that are off or null are left out."""
+    models, options = ((run.get(part) or {}).items() for part in ("models", "options"))
+    base = [f"base `{source}`" for name, source in models if name == PRETRAINED]
+    merged = [f"{name} `{source}`" for name, source in models if name != PRETRAINED]
+    chosen = [f"`{name}={value}`" for name, value in options if value is not None and value is not False]
+    parts = {"Models": base + merged, "Options": chosen}
+    return [f"{what}: {', '.join(told)}.\n" for what, told in parts.items() if told]

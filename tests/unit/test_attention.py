@@ -136,6 +136,12 @@ def test_layers_are_chosen_by_number_or_by_how_far_they_moved():
     assert layers_of("critical:2", blocks, order) == [0, 2]
 
 
+@pytest.mark.parametrize("wrong", ["critical:0", "critical:x", "some", [-1], [1, 1], []])
+def test_what_can_be_no_choice_of_layers_is_refused_before_there_is_a_model(wrong):
+    with pytest.raises(ConfigError, match="is not possible; choose"):
+        WEMoEAlgorithm(layers=wrong)
+
+
 @pytest.mark.parametrize("wrong", ["critical:0", "critical:5", "critical:x", "some", [4], [-1], [1, 1], []])
 def test_layers_that_are_not_there_are_refused(wrong):
     with pytest.raises(ConfigError, match=r"`layers`=.* is not possible; choose .*all"):

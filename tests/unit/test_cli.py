@@ -169,6 +169,12 @@ def test_help_is_about_what_was_chosen(tmp_path, arguments, shown):
     done = run_cli(*arguments, cwd=tmp_path)
     assert (done.code, done.err) == (0, "")
     assert shown in done.out
+    assert ("mine," in done.out) == any("own" in argument for argument in arguments)
+
+
+def test_help_with_a_folder_of_presets_that_is_not_there_names_it(tmp_path):
+    done = run_cli("--config-dir", "nix", "--help", cwd=tmp_path)
+    assert_refused(done, tmp_path, "nix' not found")
 
 
 def test_config_folder_where_one_works_changes_nothing(tmp_path):
@@ -420,9 +426,29 @@ def test_plan_names_method_models_and_tasks(pool_dir, tmp_path):
     assert files_in(tmp_path) == []
 
 
-def test_a_value_that_cannot_be_read_is_explained(tmp_path):
-    done = run_cli("modelpool=clip_vision", "modelpool.models={_pretrained_: ~/clip}", cwd=tmp_path)
-    assert_refused(done, tmp_path, 'write values with signs such as ~ in quotes: {cats: "~/cats"}')
+@pytest.mark.parametrize(
+    ("argument", "way_out"),
+    [
+        ("modelpool.models={cats: ~/clip}", 'write texts with spaces or signs in quotes: {cats: "~/cats"}'),
+        ("modelpool.models=[1,2", "close all brackets"),
+        ("taskpool.tasks.cats.templates=a {} x", """in quotes of its own: 'taskpool.tasks.cats.templates="a {} x"'"""),
+        ("taskpool.tasks.cats.templates", "`taskpool.tasks.cats.templates` has no value; write KEY=VALUE"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_explained(argument, way_out, tmp_path):
+    done = run_cli("modelpool=clip_vision", argument, cwd=tmp_path)
+    assert_refused(done, tmp_path, f"`{argument}`", way_out)
+    assert "hydra" not in done.err
+
+
+def test_an_option_of_another_method_is_said_to_be_one(tmp_path):
+    done = run_cli("method=wemoe", "method.selection=top_k", cwd=tmp_path)
+    assert_refused(done, tmp_path, "`method.selection` is not an option of this method, but one of fusion_moe")
+
+
+def test_describe_is_about_one_name(tmp_path):
+    done = run_cli("describe", "fusion_moe", "objective", cwd=tmp_path)
+    assert_refused(done, tmp_path, "`objective`: describe is about one name; write `describe fusion_moe`")
 
 
 def test_a_corruption_that_nothing_looks_at_is_refused(pool_dir, tmp_path):

@@ -650,6 +650,13 @@ def test_what_is_neither_a_path_nor_on_the_hub_is_refused(path):
         make_task("cats", path)
 
 
+def test_what_is_not_in_a_folder_that_is_here_is_said_to_be_missing_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images" / "elephants").mkdir(parents=True)
+    with pytest.raises(DataError, match="`images/nix`, which is not in the folder `images` that is here"):
+        make_task("cats", "images/nix")
+
+
 def test_file_of_an_unknown_kind_is_refused(tmp_path):
     (tmp_path / "cats.txt").write_text("meow")
     with pytest.raises(DataError, match=r"cats\.txt.*known are \.parquet"):

@@ -51,6 +51,18 @@ def test_the_state_is_saved_every_so_often_and_at_the_end(tmp_path, monkeypatch)
     assert steps == [3, 6, 7]
 
 
+def test_where_there_is_other_progress_alone_it_is_said_what_differs(tmp_path, caplog):
+    how = {"lr": 0.1, "objective": "entropy"}
+    adapted(Progress(tmp_path / "toy-1.progress", how, 1), 2)
+    with caplog.at_level("INFO"):
+        Progress(tmp_path / "toy-2.progress", how | {"lr": 0.2}, 1, resume=True)
+        Progress(tmp_path / "other-2.progress", how, 1, resume=True)
+    first, second = caplog.messages[-2:]
+    assert "toy-2.progress: starting from the first step; " in first
+    assert first.endswith(f"`{tmp_path / 'toy-1.progress'}` does not fit: `lr` is 0.1 there and 0.2 here")
+    assert second.endswith("other-2.progress: starting from the first step")
+
+
 def test_progress_that_is_not_wanted_is_replaced(tmp_path):
     adapted(_progress(tmp_path), 4)
     _, record = adapted(_progress(tmp_path), 2)

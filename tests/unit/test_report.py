@@ -74,11 +74,19 @@ def test_written_report_says_how_it_came_about():
         "fusion_merge method=wemoe",
         "| a table |",
         "![routing](routing.png)",
-        "adapted for 12 steps in 3.2 s.",
+        "Adapted for 12 steps in 3.2 s.",
         "| method | 4.0 |",
         "Seed 7; torch 2.13.",
     ):
         assert part in text
+
+
+def test_written_report_names_models_and_options():
+    models = {"_pretrained_": "hub/base", "cats": "models/cats", "dogs": "models/dogs"}
+    options = {"objective": "infomax", "lr": 0.5, "patience": 0, "checkpoint": False, "cache_dir": None}
+    text = written_report(report_of(models=models, options=options), "", [])
+    assert "Models: base `hub/base`, cats `models/cats`, dogs `models/dogs`.\n" in text
+    assert "Options: `objective=infomax`, `lr=0.5`, `patience=0`.\n" in text
 
 
 def test_written_report_says_that_adaptation_was_interrupted():
@@ -95,7 +103,7 @@ def test_written_report_names_collapsed_tasks():
 
 
 def test_written_report_of_a_static_method_says_nothing_of_adaptation():
-    assert "adapted" not in written_report(report_of(adaptation=None), "", [])
+    assert "adapted" not in written_report(report_of(adaptation=None), "", []).lower()
 
 
 # Pictures
@@ -124,6 +132,15 @@ def check_picture(path: Path) -> None:
 def test_loss_curve_is_a_picture(tmp_path, entropy):
     loss_curve(tmp_path / "loss.png", entropy)
     check_picture(tmp_path / "loss.png")
+
+
+def test_loss_curve_marks_where_a_task_was_taken_back(tmp_path):
+    losses = {"cats": [0.7, 0.6, 0.5], "dogs": [1.1, 1.0, 0.9]}
+    for name, marks in (("without", []), ("with", [(1, "dogs"), (2, "dogs")])):
+        (tmp_path / name).mkdir()
+        loss_curve(tmp_path / name / "loss.png", losses, "loss", taken_back=marks)
+        check_picture(tmp_path / name / "loss.png")
+    assert (tmp_path / "with" / "loss.png").read_bytes() != (tmp_path / "without" / "loss.png").read_bytes()
 
 
 @pytest.mark.parametrize(
