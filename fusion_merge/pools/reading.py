@@ -64,11 +64,10 @@ def open_data(name: str, data: Any, split: str | None, purpose: Purpose) -> Any:
     except Exception as error:  # dataset builders raise errors of every kind
         if "corresponds to no data" in str(error):
             raise DataError(f"the dataset of `{name}` is empty; give one with at least one image") from error
+        where = f"cannot read the dataset of `{name}` from `{data}`{_not_beside(data)}"
         if is_offline() and isinstance(error, ConnectionError):
-            raise DataError(
-                f"cannot read the dataset of `{name}` from `{data}`: it is not here and not in the cache; {WAY_OUT}"
-            ) from error
-        raise DataError(f"cannot read the dataset of `{name}` from `{data}`{_not_beside(data)}: {error}") from error
+            raise DataError(f"{where}: it is not here and not in the cache; {WAY_OUT}") from error
+        raise DataError(f"{where}: {error}") from error
 
 
 def _not_beside(data: Any) -> str:
