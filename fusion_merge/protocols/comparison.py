@@ -174,7 +174,8 @@ class Comparison:
 
     def _cost(self, model: nn.Module | TaskModels, fabric: Fabric) -> float:
         plain = self.usual.modelpool.load_pretrained_model()
-        return inference_cost(model, plain, self._pixels, placement_of(fabric))
+        quick = bool(self.config["fast_dev_run"])
+        return inference_cost(model, plain, self._pixels, placement_of(fabric), quick=quick)
 
     def _baseline(self, name: str, fabric: Fabric) -> Row:
         pool = self.usual.modelpool

@@ -125,7 +125,9 @@ def sample_images(taskpool: CLIPVisionModelTaskPool, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def inference_cost(model: nn.Module | TaskModels, plain: nn.Module, pixels: Tensor, placement: Placement) -> float:
+def inference_cost(
+    model: nn.Module | TaskModels, plain: nn.Module, pixels: Tensor, placement: Placement, *, quick: bool = False
+) -> float:
     """Return how long a forward pass of a model takes over that of a plain tower: the median of ratios.
 
     Both take turns in this process, so that what else the machine does slows down both. Of several towers, one a task,
@@ -136,6 +138,7 @@ def inference_cost(model: nn.Module | TaskModels, plain: nn.Module, pixels: Tens
         plain: the plain tower.
         pixels: a batch of images.
         placement: where to compute.
+        quick: take no more turns than the fewest, to try things out.
 
     Shape:
         pixels (B, 3, height, width).
@@ -147,7 +150,7 @@ def inference_cost(model: nn.Module | TaskModels, plain: nn.Module, pixels: Tens
         _pass(module, batch, placement)  # warm: the first pass is slower
     ratios: list[float] = []
     start = time.perf_counter()
-    fewest, most = _TURNS
+    fewest, most = _TURNS[0], _TURNS[0] if quick else _TURNS[1]
     while len(ratios) < fewest or (len(ratios) < most and time.perf_counter() - start < _SECONDS):
         own, reference = (_pass(m, b, placement) for m, b in zip(towers, batches, strict=True))
         ratios.append(own / reference)

@@ -104,6 +104,21 @@ def test_cost_is_the_median_ratio_of_times_without_the_first_pass(monkeypatch):
     assert inference_cost(several, Taking(1.0), pixels, Placement()) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("quick", "passes"), [(True, 1 + 5), (False, 1 + 101)])
+def test_a_quick_look_takes_the_fewest_turns(monkeypatch, quick, passes):
+    tower = Taking(0.0)  # of no time at all, so that only the number of turns ends it
+    count = 0
+
+    def counted(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    tower.register_forward_hook(counted)
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: (Taking.now, setattr(Taking, "now", Taking.now + 1e-9))[0])
+    inference_cost(tower, Taking(1e-9), torch.randn(2, 3, 4, 4), Placement(), quick=quick)
+    assert count == passes
+
+
 def test_what_computes_more_costs_more(monkeypatch):
     monkeypatch.setattr(costs.time, "perf_counter", lambda: Taking.now)
 
