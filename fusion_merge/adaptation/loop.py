@@ -164,7 +164,7 @@ def adapt(
                     batches = {name: next(stream.batches) for name, stream in streams.items()}
                 seen = passes.gradient(batches, optim)
                 update.refuse_nan(seen.losses, step)
-                update.take(step)
+                update.take(step, keeper.pace if keeper is not None else 1.0)
                 metrics = _take_down(record, guard, seen)
                 if keeper is not None:
                     if keeper.update(step, seen.means, seen.agreement, update.before, optim, seen.images):

@@ -94,18 +94,19 @@ class Update:
         self.before: list[Tensor] = []
         """The parameters before the last step."""
 
-    def take(self, step: int) -> None:
+    def take(self, step: int, pace: float = 1.0) -> None:
         """Take a step.
 
         Args:
             step: its number, from 0.
+            pace: what the learning rate is multiplied by, above 0.
 
         Raises:
             AdaptationError: if the step cannot be taken; it is taken back.
         """
         self.before = [p.detach().clone() for p in self._parameters]
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rate.at(step)
+            group["lr"] = self._rate.at(step) * pace
         try:
             self._optimizer.step()
         except RuntimeError as error:  # such as a step that no float can hold

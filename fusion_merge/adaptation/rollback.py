@@ -19,6 +19,7 @@ _SURE = 3.0  # standard deviations on each side of a score
 _BETTER = 1e-3  # what the mean of all tasks must rise by to be better
 _TEMPERED = 0.25  # what the weight of a task's loss is multiplied by
 _AGREEMENT, _ENTROPY = "agreement", "marginal entropy"
+_SLOWER = 0.25  # what the learning rate is multiplied by
 _OFTEN = 3  # times that a task may be taken back
 _ACTIONS = {
     "expert labels": "its loss is the cross-entropy to its expert's labels from now on",
@@ -101,10 +102,10 @@ class RollbackGuard:
     A task degrades when a measure is surely more than `margin` below the best that it surely was, from the first step
     on, by Wilson's intervals of three standard deviations on both sides; a fall of the entropy does not count while the
     agreement is above where it began. The parameters that were best for the task are put back, the optimiser forgets
-    its moments, and the task's loss becomes the cross-entropy to its expert's labels; the second time that of all tasks
-    does. Without experts its loss counts a quarter of what it did. Adaptation ends early when a task was taken back
-    three times, or when the mean over tasks has not risen for `patience` steps; it ends with the parameters that were
-    best on average.
+    its moments and learns at a quarter of its rate, and the task's loss becomes the cross-entropy to its expert's
+    labels; the second time that of all tasks does. Without experts its loss counts a quarter of what it did beside the
+    others'. Adaptation ends early when a task was taken back three times, or when the mean over tasks has not risen for
+    `patience` steps; it ends with the parameters that were best on average.
 
     Args:
         num_classes: for each task, the number of classes, C.
@@ -127,6 +128,8 @@ class RollbackGuard:
         self.patience = patience
         self.may_ask_experts = may_ask_experts
         self.interventions: list[Intervention] = []
+        self.pace = 1.0
+        """What the learning rate is multiplied by: a quarter of it after each time that a task was taken back."""
         self.stopped: str | None = None
         """Why adaptation is to end, once it is."""
         self._classes = dict(num_classes)
@@ -241,6 +244,7 @@ class RollbackGuard:
         score = watched.scores[measure]
         self._put_back(watched.best_step)
         watched.times += 1
+        self.pace *= _SLOWER
         if self.may_ask_experts and not watched.by_expert:
             watched.by_expert, action = True, "expert labels"
         elif self.may_ask_experts and not all(other.by_expert for other in self._tasks.values()):
@@ -252,7 +256,8 @@ class RollbackGuard:
         done = Intervention(step, task, measure, score.value, score.best, watched.best_step, action)
         self.interventions.append(done)
         log.warning(
-            "task `%s` degrades: its %s fell from %.2f to %.2f by step %d; back to the parameters of step %d, and %s",
+            "task `%s` degrades: its %s fell from %.2f to %.2f by step %d; "
+            "back to the parameters of step %d, at a quarter of the learning rate, and %s",
             *(task, measure, done.best, done.score, step, done.back_to, _ACTIONS[action]),
         )
         for other in self._tasks.values():  # what was seen belongs to parameters that are gone
@@ -278,6 +283,7 @@ class RollbackGuard:
             "tasks": {task: asdict(watched) for task, watched in self._tasks.items()},
             "best_mean": [self._best_mean, self._best_mean_step],
             "interventions": [asdict(done) for done in self.interventions],
+            "pace": self.pace,
             "stopped": self.stopped,
         }
 
@@ -302,6 +308,7 @@ class RollbackGuard:
             self._tasks[task] = _Watched(**table, scores=scores)
         self._best_mean, self._best_mean_step = state["best_mean"]
         self.interventions[:] = [Intervention(**done) for done in state["interventions"]]
+        self.pace = float(state["pace"])
         self.stopped = state["stopped"]
         steps = {int(name.split(".")[1]) for name in tensors if name.startswith("guard.")}
         self._states = {

@@ -22,8 +22,9 @@ from torch import nn
 from fusion_merge.adaptation.guard import CollapseGuard
 from fusion_merge.adaptation.loop import AdaptationRecord, adapt
 from fusion_merge.adaptation.objectives import entropy, make_objective, mean_entropy
-from fusion_merge.adaptation.optimization import make_optimizer
+from fusion_merge.adaptation.optimization import LearningRate, Update, make_optimizer
 from fusion_merge.adaptation.passes import TaskStream
+from fusion_merge.adaptation.rollback import RollbackGuard
 from fusion_merge.adaptation.runtime import make_fabric, placement_of
 from fusion_merge.errors import AdaptationError, ConfigError
 from fusion_merge.moe import Routing, SoftTopK
@@ -218,6 +219,39 @@ def test_the_gradient_is_that_of_the_sum_over_tasks():
     loss.backward()
     _adapt(model, optimizer="sgd", lr=1.0, max_steps=1)
     torch.testing.assert_close(model.layers[0].router.out.weight.grad, reference.layers[0].router.out.weight.grad)
+
+
+def test_after_a_task_was_taken_back_steps_are_of_a_quarter_of_the_rate(monkeypatch):
+    rates = []
+    monkeypatch.setattr(Update, "take", lambda self, step, pace: rates.append((step, pace)))
+
+    def update(self: RollbackGuard, step: int, *_: object) -> bool:
+        if step == 1:
+            self._take_back("cats", "marginal entropy", step)
+        return step == 1
+
+    def watched(self: RollbackGuard, step: int, means, agreement, before, *_: object) -> bool:
+        if step == 0:
+            for task, mean in means.items():
+                self._take_in(task, mean, None)
+                self._remember(task, step, [p.detach().clone() for p in self._parameters], 16)
+        return update(self, step)
+
+    monkeypatch.setattr(RollbackGuard, "update", watched)
+    _adapt(upcycled_toy(), max_steps=4, rollback=True)
+    assert rates == [(0, 1.0), (1, 1.0), (2, 0.25), (3, 0.25)]
+    rates.clear()
+    _adapt(upcycled_toy(), max_steps=2)
+    assert rates == [(0, 1.0), (1, 1.0)]
+
+
+@pytest.mark.parametrize("pace", [1.0, 0.25])
+def test_a_step_is_as_long_as_its_pace(pace):
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.tensor([1.0, -2.0, 0.5])
+    optimizer = torch.optim.SGD([parameter], lr=7.0)
+    Update([parameter], optimizer, LearningRate(0.5), "routers").take(0, pace)
+    torch.testing.assert_close(parameter.detach(), -0.5 * pace * parameter.grad)
 
 
 def test_gradients_do_not_pile_up_over_steps():

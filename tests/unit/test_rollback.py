@@ -55,7 +55,7 @@ def test_a_task_that_falls_on_one_class_is_taken_back_to_its_best():
     assert done.score < done.best - 0.05
     assert course.parameter.item() == done.back_to == 13  # the last before, when least of the noise was left
     assert not course.optimizer.state  # which belonged to what is gone
-    assert course.guard.weight("cats") == 0.25
+    assert course.guard.weight("cats") == course.guard.pace == 0.25
     assert course.guard.weight("dogs") == 1
 
 
@@ -99,7 +99,7 @@ def test_a_task_taken_back_three_times_ends_adaptation():
         course.go(ONE)
         assert course.step < 150
     assert course.guard.stopped == "task `cats` was taken back 3 times"
-    assert course.guard.weight("cats") == 0.25**3
+    assert course.guard.weight("cats") == course.guard.pace == 0.25**3
 
 
 def test_adaptation_ends_where_nothing_improves():
@@ -167,6 +167,10 @@ def test_a_guard_that_goes_on_does_what_the_first_would_have():
             course.go(ONE)
     assert first.guard.interventions
     assert first.guard.interventions == second.guard.interventions
+    assert first.guard.pace == second.guard.pace < 1
+    resumed = RollbackGuard({"cats": 4, "dogs": 4}, [second.parameter])
+    resumed.restore(json.loads(json.dumps(second.guard.state())), second.guard.tensors())
+    assert resumed.pace == second.guard.pace
     assert first.parameter.item() == second.parameter.item()
 
 
