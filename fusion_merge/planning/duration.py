@@ -187,15 +187,22 @@ def building_time(load: Load, speed: Speed) -> float:
     reading = (load.num_models + 1) * tower.numbers * FLOAT / _READING
     if load.static is not None:
         return _static_time(load, load.static, reading, speed)
-    linears, (short, long) = 2 * tower.layers * load.num_models, sorted((tower.width, tower.hidden))
+    in_mlps, in_attention = (load.num_models * banks for banks in model.banks)
     if model.kind == "sparse":
-        return reading + linears * tower.matrix * _SORTING
+        return reading + (in_mlps * tower.matrix + in_attention * tower.width**2) * _SORTING
     if model.kind != "low_rank":
         return reading
     rank = model.coefficients // max(1, load.num_models)
+    products = in_mlps * _decomposition(tower.width, tower.hidden, rank)
+    products += in_attention * _decomposition(tower.width, tower.width, rank)
+    return reading + products / speed.products
+
+
+def _decomposition(inputs: int, outputs: int, rank: int) -> float:
+    """Return the products of a truncated decomposition of one matrix, which is iterated where that is cheaper."""
+    short, long = sorted((inputs, outputs))
     iterated = short >= 256 and 8 * rank <= short
-    products = _DECOMPOSING * tower.matrix * 2 * rank if iterated else _WHOLE * long * short**2 / 8
-    return reading + linears * products / speed.products
+    return _DECOMPOSING * inputs * outputs * 2 * rank if iterated else _WHOLE * long * short**2 / 8
 
 
 def _static_time(load: Load, static: Static, reading: float, speed: Speed) -> float:

@@ -16,6 +16,7 @@ from fusion_merge.models.clip import expected_shapes
 from fusion_merge.models.ensemble import TowerEnsemble
 from fusion_merge.models.merged import MergedCLIPVisionModel
 from fusion_merge.moe import MoEAttention, moe_layers
+from fusion_merge.moe.blocks import layer_of
 from fusion_merge.moe.layer import MoEMLP, router_parameters
 from fusion_merge.moe.projection import projection_layers
 from fusion_merge.moe.router import Router
@@ -137,6 +138,7 @@ class ModelSize:
             where not every router ends in such a layer.
         mlps: routed MLPs.
         attentions: routed attention blocks.
+        first: the first layer with a routed block; what comes before it keeps nothing for the backward pass.
         passes: what a forward pass multiplies beside a plain tower's, where it is no routed MLP that adds to it.
         head_bytes: of the heads of its tasks.
         input_bytes: of what its routers read of some images of each task.
@@ -154,10 +156,16 @@ class ModelSize:
     router_inputs: int = 0
     mlps: int = 0
     attentions: int = 0
+    first: int = 0
     passes: float = 1.0
     head_bytes: int = 0
     input_bytes: int = 0
     described: int = 0
+
+    @property
+    def banks(self) -> tuple[int, int]:
+        """Banks of experts of linear layers in MLPs, and in attention."""
+        return 2 * self.mlps, 4 * self.attentions
 
     @property
     def built_bytes(self) -> int:
@@ -236,7 +244,8 @@ def model_size(
 
 def _routed_size(model: MergedCLIPVisionModel) -> ModelSize:
     """Return the size of a model with routed blocks, as it is built."""
-    info, layers = model_info(model), list(moe_layers(model.vision_model).values())
+    info, blocks = model_info(model), moe_layers(model.vision_model)
+    layers = list(blocks.values())
     banks = [linear.experts for layer in layers for linear in layer.linears().values()]
     return ModelSize(
         parameters=int(info["all_params"]),
@@ -250,6 +259,7 @@ def _routed_size(model: MergedCLIPVisionModel) -> ModelSize:
         router_inputs=_read_by_routers([layer.router for layer in layers]),
         mlps=sum(isinstance(layer, MoEMLP) for layer in layers),
         attentions=sum(isinstance(layer, MoEAttention) for layer in layers),
+        first=min(map(layer_of, blocks)),
     )
 
 

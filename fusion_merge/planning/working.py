@@ -25,11 +25,12 @@ def building(load: Load) -> int:
     Args:
         load: what memory depends on.
     """
-    matrix = load.tower.matrix
+    matrix = load.tower.matrix if load.model.mlps or load.model.kind is None else load.tower.width**2
     one = 3 * FLOAT * matrix  # a fine-tuned weight, the pretrained one, and their difference
     stack = load.num_models * matrix
     if load.model.kind == "sparse":
-        kept = load.model.experts // max(1, 2 * load.tower.layers)  # of one layer
+        in_mlps, in_attention = load.model.banks
+        kept = load.model.experts * matrix // (in_mlps * load.tower.matrix + in_attention * load.tower.width**2)
         return one + 2 * FLOAT * stack + stack + 5 * 8 * kept  # laid out in blocks; places are whole numbers of 8 bytes
     if load.model.kind == "low_rank":
         return 2 * one
@@ -77,13 +78,14 @@ def kept_for_backward(tower: Geometry, model: ModelSize, training: Training) -> 
         each = 9 * tower.width + (tower.kept_by_activation + 1) * tower.hidden
         return FLOAT * (tower.layers * tokens * each + training.batch_size * tower.inputs)
     attention = 6 * tower.width  # the inputs of both norms, q, k, v and the output
-    plain = tower.layers if model.attentions else tower.layers - 1  # before the first routed block nothing is trained
-    numbers = plain * tokens * attention
+    behind = tower.layers - model.first  # before the first routed block nothing is kept
+    numbers = (behind * attention - tower.width if model.attentions else (behind - 1) * attention) * tokens
     numbers += tokens * (tower.width + sum(model.router_widths))
-    mlp, inputs = tower.kept_by_activation * tower.hidden, tower.width + tower.hidden  # of both linear layers
+    plain = mlp = tower.kept_by_activation * tower.hidden
+    inputs = tower.width + tower.hidden  # of both linear layers
     if merges(tower, model, tokens, training.batch_routing):
         mlp += inputs
-        numbers += 2 * tower.layers * tower.matrix
+        numbers += 2 * model.mlps * tower.matrix
     elif model.kind == "low_rank":
         mlp += 2 * model.coefficients + (tower.width if any(model.router_widths) else 0)
     else:
@@ -92,7 +94,7 @@ def kept_for_backward(tower: Geometry, model: ModelSize, training: Training) -> 
         merged = merges(tower, model, tokens, training.batch_routing)
         kept = 4 * model.coefficients if model.kind == "low_rank" and not merged else tower.width
         numbers += model.attentions * (tokens * kept + 4 * merged * tower.width**2)
-    return FLOAT * (numbers + tower.layers * tokens * mlp)
+    return FLOAT * (numbers + tokens * (model.mlps * mlp + (behind - model.mlps) * plain))
 
 
 def at_hand(tower: Geometry, training: Training) -> int:

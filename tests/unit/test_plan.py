@@ -351,10 +351,16 @@ def cases() -> Iterator[Any]:
     for routing in (True, False):
         yield WEMoEAlgorithm(targets="all", batch_reduce=routing)
         yield RankOneMoEAlgorithm(targets="all", rank_k=4, batch_reduce=routing)
+        for targets in ("mlp", "attention", "all"):
+            for layers in ([1], [0, 2], [2]):
+                yield RankOneMoEAlgorithm(targets=targets, layers=layers, rank_k=4, batch_reduce=routing)
+                yield WEMoEAlgorithm(targets=targets, layers=layers, batch_reduce=routing)
 
 
 @pytest.mark.parametrize(
-    "method", list(cases()), ids=lambda m: f"{m.method_name}-{m.batch_reduce}-{m.router_hidden_layers}"
+    "method",
+    list(cases()),
+    ids=lambda m: f"{m.method_name}-{m.batch_reduce}-{m.router_hidden_layers}-{m.targets}-{m.layers}",
 )
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_activations_are_those_that_are_kept(method, activation):

@@ -21,7 +21,7 @@ from fusion_merge.planning.geometry import FLOAT
 from fusion_merge.planning.machine import Speed
 from fusion_merge.planning.memory import Phase, memory_phases
 from fusion_merge.planning.needs import Images, Load, Training
-from fusion_merge.planning.working import reading, regression, starting
+from fusion_merge.planning.working import building, reading, regression, starting
 
 SPEED = Speed(1e10, 1e10, 1e-3)
 BEFORE = {"interpreter and libraries", "mapped files", "model", "images in memory"}
@@ -273,3 +273,29 @@ def test_experts_take_time_where_they_are(method, name):
         assert attention == pytest.approx(mlp * 4 * (96 + 96) / (2 * (96 + 384)))
     else:
         assert attention == pytest.approx(mlp * 4 * 96**2 / (2 * 96 * 384), rel=0.05)  # biases are read too
+
+
+@pytest.mark.parametrize("method", [FUSION, EWEMoEAlgorithm(shared_gate=False)], ids=lambda method: method.method_name)
+def test_building_takes_time_for_the_experts_that_are_made(method):
+    def making(**options: Any) -> float:
+        load = start_load(dataclasses.replace(method, **options), 0)
+        return seconds(load, "building") - seconds(changed(load, kind="dense"), "building")  # which only reads
+
+    mlp, attention = making(targets="mlp"), making(targets="attention")
+    assert mlp > 0
+    assert making(targets="all") == pytest.approx(mlp + attention)
+    assert making(targets="mlp", layers=[1]) == pytest.approx(mlp / 3)
+    products = (4 * 96**3) / (2 * 96**2 * 384) if method is FUSION else (4 * 96**2) / (2 * 96 * 384)
+    assert attention == pytest.approx(mlp * products)
+
+
+@pytest.mark.parametrize(
+    "method", [FUSION, WEMoEAlgorithm(), EWEMoEAlgorithm(shared_gate=False)], ids=lambda method: method.method_name
+)
+def test_building_holds_one_linear_layer_at_a_time(method):
+    def held(**options: Any) -> int:
+        return building(start_load(dataclasses.replace(method, **options), 0))
+
+    assert held(targets="mlp", layers=[1]) == pytest.approx(held(targets="mlp"), rel=0.01)
+    assert held(targets="all") == pytest.approx(held(targets="mlp"), rel=0.01)  # of the largest
+    assert held(targets="attention") == pytest.approx(held(targets="mlp") / 4, rel=0.02)
