@@ -102,6 +102,15 @@ def test_written_report_names_collapsed_tasks():
     )
 
 
+def test_written_report_tells_of_a_task_that_was_taken_back():
+    done = {"task": "cats", "measure": "agreement", "best": 0.8, "score": 0.6, "step": 30, "back_to": 20}
+    adaptation = {"steps": 40, "interrupted": False, "seconds": 3.0, "interventions": [done | {"action": "tempered"}]}
+    assert (
+        "**`cats` degraded: its agreement fell from 0.80 to 0.60 by step 30; the parameters of step 20 were put back, "
+        "to go on at a quarter of the learning rate (tempered).**"
+    ) in written_report(report_of(adaptation=adaptation), "", [])
+
+
 def test_written_report_of_a_static_method_says_nothing_of_adaptation():
     assert "adapted" not in written_report(report_of(adaptation=None), "", []).lower()
 
