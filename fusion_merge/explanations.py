@@ -37,7 +37,7 @@ def explain(error: Exception) -> str:
         return _explain_key(found[1])
     cause = error.__cause__
     messages = [str(error)]
-    if isinstance(cause, Exception) and str(cause) not in messages[0]:
+    if isinstance(cause, Exception) and not isinstance(error, FusionMergeError) and str(cause) not in messages[0]:
         messages.append(str(cause))
     if found := re.match(r"Error merging override ([^=\s]+)=(\S*)", messages[0]):
         messages = [f"`{found[1]}`={found[2]} is not possible:", *messages[1:]]

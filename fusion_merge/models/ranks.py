@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import CLIPVisionConfig
 
-from fusion_merge.errors import ConfigError
+from fusion_merge.errors import ConfigError, reason
 
 
 def check_rank(rank: int, config: CLIPVisionConfig) -> int:
@@ -64,6 +64,6 @@ def svd_device(accelerator: str, auto: torch.device) -> torch.device:
         torch.empty(1, device=device).item()  # no value comes back from `meta`
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"`svd_accelerator`={accelerator!r} is not on this machine; choose `auto` or `cpu`"
+            f"`svd_accelerator`={accelerator!r} is not on this machine ({reason(error)}); choose `auto` or `cpu`"
         ) from error
     return device

@@ -299,3 +299,17 @@ def test_run_with_bad_images_says_how_many_in_its_report(pool_dir, spoilt, tmp_p
     written = (tmp_path / "run" / "out" / "report.md").read_text()
     assert "`cats`: 3 bad images are left out of the scores." in written
     assert "dogs`: " not in written
+
+
+def test_run_that_a_bad_image_ends_says_so_in_one_line_of_its_own(pool_dir, spoilt, tmp_path):
+    first, *others = sorted((spoilt / "cats").rglob("*.png"))
+    for path in others:
+        path.write_bytes(others[0].read_bytes())
+    first.write_bytes(b"not an image")
+    arguments = [a.replace(str(pool_dir / "images"), str(spoilt)) for a in own_pool(pool_dir)]
+    done = run_cli(*arguments, "method=simple_average", "baselines=[]", "output_dir=out", cwd=tmp_path / "run")
+    assert done.code == 1
+    assert done.err == (
+        f"error: cannot read image 0 of `cats` (`{first}`): it is no image of a known format; mend it or take it away, "
+        "or leave such images out with `on_bad_image=skip`\n"
+    )
