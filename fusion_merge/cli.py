@@ -111,7 +111,7 @@ def _config_folders(arguments: Sequence[str]) -> list[Path]:
     """Return the user's own folders of presets."""
     folders = [a.partition("=")[2] for a in arguments if a.startswith(("--config-dir=", "-cd="))]
     folders += [folder for flag, folder in pairwise(arguments) if flag in ("--config-dir", "-cd")]
-    return [Path(folder).expanduser() for folder in folders]
+    return list(map(Path, folders))
 
 
 def _has_own_taskpool(name: str, arguments: Sequence[str]) -> bool:
@@ -121,19 +121,22 @@ def _has_own_taskpool(name: str, arguments: Sequence[str]) -> bool:
 
 def _help_on(arguments: Sequence[str]) -> list[str] | None:
     """Return the overrides that help is asked about, or None where Hydra is to answer: it knows all of its flags."""
-    flags, overrides = set[str](), list[str]()
+    flags, overrides = list[str](), list[str]()
     left = iter(arguments)
     for argument in left:
-        flag = argument.partition("=")[0]
+        flag, equals, value = argument.partition("=")
         if not argument.startswith("-"):
             overrides.append(argument)
             continue
-        flags.add(flag)
-        if flag in _VALUED and flag == argument:
-            next(left, None)
-    searched = any(word in argument for argument in overrides for word in ("glob(", "interval("))
-    unknown = flags - {"--help", "-h", "--multirun", "-m", *_VALUED}
-    if not flags & {"--help", "-h"} or unknown or searched or not all(map(Path.is_dir, _config_folders(arguments))):
+        flags.append(flag)
+        value = next(left, "") if flag in _VALUED and not equals else value
+        if flag in ("--cfg", "-c") and value not in ("job", "hydra", "all"):
+            return None
+    folders = _config_folders(arguments)
+    found = sum(flag in ("--config-dir", "-cd") for flag in flags) == len(folders) <= 1
+    known = found and all(map(Path.is_dir, folders)) and {"--help", "-h", "--multirun", "-m", *_VALUED} >= {*flags}
+    special = any(word in argument for argument in overrides for word in ("glob(", "interval(", "hydra.searchpath"))
+    if not {"--help", "-h"} & {*flags} or not known or special:
         return None
     return [first_choice(argument) for argument in overrides]
 

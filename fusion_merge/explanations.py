@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from difflib import get_close_matches
+from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_module
@@ -14,8 +18,14 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fusion_merge.errors import FusionMergeError, nearest, reason
+from fusion_merge.errors import FusionMergeError, nearest
 from fusion_merge.presets import LONG_PATHS, merging_presets, preset_names
+
+_KEY = re.compile(r"[+~]*[\w.@:/$-]+")
+"""What may stand before the `=` of an override."""
+
+_CLOSE = 0.7
+"""From so much likeness on, of 1, a wrong name is taken for a slip."""
 
 GROUPS = ("method", "modelpool", "taskpool")
 """The groups of presets that every run chooses from."""
@@ -52,12 +62,18 @@ def _explain_grammar(error: OverrideParseException) -> str:
     key, equals, value = given.partition("=")
     if not equals:
         return f"`{given}` has no value; write KEY=VALUE"
-    why = reason(error).removeprefix("LexerNoViableAltException: ")
-    why = "" if why in (error.override, f"Error parsing override '{error.override}'") else f" ({why})"
+    if not _KEY.fullmatch(key):
+        return f"`{key}` is not a key; write KEY=VALUE, without a space before or after the `=`"
+    first, *others = str(error).splitlines()
+    if first.startswith("Error parsing override"):  # it was understood, and is not possible
+        return f"`{given}` is not possible: {others[0] if others else first}"
+    why = "" if first.startswith("LexerNoViableAlt") else f" ({first})"
     if value.startswith(("[", "{")):
         way_out = 'close all brackets, and write texts with spaces or signs in quotes: {cats: "~/cats"}, ["a {}"]'
     else:
-        way_out = f"""write a text with spaces or signs in quotes of its own: '{key}="{value}"'"""
+        # within quotes, backslashes count only before a quote
+        quoted = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), value)
+        way_out = f"""write a text with spaces or signs in quotes of its own: {shlex.quote(f'{key}="{quoted}"')}"""
     return f"`{given}` cannot be read{why}; {way_out}"
 
 
@@ -86,7 +102,8 @@ def _explain_key(key: str) -> str:
             )
             if owner is not None:
                 return f"`{part}` is not an option; did you mean `{owner}.{part}`?"
-            if parts[:depth] == ["method"] and (others := _methods_with(part)):
+            others = _methods_with(part) if parts[:depth] == ["method"] else []
+            if others and not get_close_matches(part, map(str, node), cutoff=_CLOSE):
                 return f"`method.{part}` is not an option of this method, but one of {', '.join(others)}"
             return f"`{'.'.join(parts[: depth + 1])}` is not an option; {nearest(part, map(str, node))}"
     return f"`{key}` cannot be set; see `--cfg job` for what can"
@@ -94,8 +111,12 @@ def _explain_key(key: str) -> str:
 
 def _methods_with(option: str) -> list[str]:
     """Return the presets of the methods that have an option."""
-    presets = {name: yaml.safe_load(text) for name, text in merging_presets().items()}
-    return [name for name, preset in presets.items() if isinstance(preset, dict) and option in preset]
+    presets: dict[str, Any] = {}
+    for name, text in merging_presets().items():
+        with suppress(yaml.YAMLError):  # another package's may be broken
+            presets[name] = yaml.safe_load(text)
+    known = {name: preset for name, preset in presets.items() if isinstance(preset, dict)}
+    return [name for name, preset in known.items() if option in preset.keys() - {"defaults", "_target_"}]
 
 
 def _selected_config() -> DictConfig:
@@ -112,7 +133,7 @@ def choices(preset: str) -> list[str]:
     Args:
         preset: an override such as `modelpool=tiny8,mine`.
     """
-    override = OverridesParser.create().parse_override(preset)
+    (override,) = OverridesParser.create().parse_overrides([preset])
     if not override.is_sweep_override():
         return [str(override.value())]
     found = override.sweep_string_iterator() if override.is_discrete_sweep() else ()
@@ -125,7 +146,7 @@ def first_choice(preset: str) -> str:
     Args:
         preset: an override such as `method=wemoe,e_wemoe`.
     """
-    override = OverridesParser.create().parse_override(preset)
+    (override,) = OverridesParser.create().parse_overrides([preset])
     if not override.is_sweep_override():
         return preset
     return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"

@@ -33,7 +33,10 @@ def help_text(overrides: list[str], folders: Iterable[Path] = ()) -> str:
     GlobalHydra.instance().clear()
     own = [folder.absolute() for folder in folders]
     if own:
-        overrides = [*overrides, f"hydra.searchpath={json.dumps([f'file://{folder}' for folder in own])}"]
+        overrides = [
+            *overrides,
+            f"hydra.searchpath={json.dumps([f'file://{folder}' for folder in own], ensure_ascii=False)}",
+        ]
     with initialize_config_module(CONFIG, version_base="1.3"):
         config = compose("config", overrides=overrides, return_hydra_config=True)
     template = Template(config.hydra.help.template)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # goes up whenever the same adaptation would take other steps than before
+FORMAT = 4  # goes up whenever the same adaptation would take other steps than before
 _WHAT = "adaptation progress"
 
 

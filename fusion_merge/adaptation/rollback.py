@@ -41,6 +41,7 @@ class Intervention:
         back_to: the step whose parameters were put back.
         action: what became of the loss: `expert labels` instead of the objective, `expert labels for all` tasks, or
             `tempered`.
+        pace: what the learning rate is multiplied by from then on, in 0-1.
     """
 
     step: int
@@ -50,6 +51,7 @@ class Intervention:
     best: float
     back_to: int
     action: str
+    pace: float
 
 
 @dataclass
@@ -102,10 +104,11 @@ class RollbackGuard:
     A task degrades when a measure is surely more than `margin` below the best that it surely was, from the first step
     on, by Wilson's intervals of three standard deviations on both sides; a fall of the entropy does not count while the
     agreement is above where it began. The parameters that were best for the task are put back, the optimiser forgets
-    its moments and learns at a quarter of its rate, and the task's loss becomes the cross-entropy to its expert's
-    labels; the second time that of all tasks does. Without experts its loss counts a quarter of what it did beside the
-    others'. Adaptation ends early when a task was taken back three times, or when the mean over tasks has not risen for
-    `patience` steps; it ends with the parameters that were best on average.
+    its moments and learns at a quarter of its rate so far, and the task's loss becomes the cross-entropy to its
+    expert's labels; the second time that of all tasks does. Without experts its loss counts a quarter of what it did
+    beside the others'. Adaptation ends early when a task was taken back three times, or when the mean over tasks has
+    not risen for `patience` steps since that; it ends with the parameters that were best on average, those that were
+    taken back not among them.
 
     Args:
         num_classes: for each task, the number of classes, C.
@@ -137,6 +140,7 @@ class RollbackGuard:
         self._tasks = {task: _Watched() for task in num_classes}
         self._states: dict[int, list[Tensor]] = {}
         self._best_mean, self._best_mean_step = -math.inf, 0
+        self._waited_from = 0  # patience counts from here
 
     def weight(self, task: str) -> float:
         """Return what a task's loss is multiplied by.
@@ -253,28 +257,39 @@ class RollbackGuard:
                 other.by_expert = True
         else:
             watched.weight, action = watched.weight * _TEMPERED, "tempered"
-        done = Intervention(step, task, measure, score.value, score.best, watched.best_step, action)
+        done = Intervention(step, task, measure, score.value, score.best, watched.best_step, action, self.pace)
         self.interventions.append(done)
         log.warning(
             "task `%s` degrades: its %s fell from %.2f to %.2f by step %d; "
-            "back to the parameters of step %d, at a quarter of the learning rate, and %s",
-            *(task, measure, done.best, done.score, step, done.back_to, _ACTIONS[action]),
+            "back to the parameters of step %d, with 1/%d of the learning rate, and %s",
+            *(task, measure, done.best, done.score, step, done.back_to, round(1 / self.pace), _ACTIONS[action]),
         )
-        for other in self._tasks.values():  # what was seen belongs to parameters that are gone
-            other.seen, other.mean = 0, []
-            for each in other.scores.values():
-                each.value, each.noise = 0.0, 1.0
-        self._best_mean_step = max(self._best_mean_step, step)  # patience begins anew
+        self._forget_after(watched.best_step)
+        self._waited_from = step
         if watched.times >= _OFTEN:
             self.stopped = f"task `{task}` was taken back {_OFTEN} times"
+
+    def _forget_after(self, kept: int) -> None:
+        """Forget what belongs to parameters that are gone: running means, and what was best after a step."""
+        for watched in self._tasks.values():
+            watched.seen, watched.mean = 0, []
+            for score in watched.scores.values():
+                score.value, score.noise = 0.0, 1.0
+            if watched.best_step > kept:  # else the task would seem to degrade at once, beside what cost another
+                watched.best_step = kept
+                for score in watched.scores.values():
+                    score.best = -math.inf
+        if self._best_mean_step > kept:
+            self._best_mean, self._best_mean_step = -math.inf, kept
 
     def _consider_ending(self, step: int, before: list[Tensor]) -> None:
         leading = [w.scores.get(_AGREEMENT, w.scores[_ENTROPY]).value for w in self._tasks.values()]
         mean = sum(leading) / len(leading)
         if mean > self._best_mean + _BETTER:
             self._best_mean, self._best_mean_step = mean, step
+            self._waited_from = step
             self._states[step] = before
-        elif self.patience and step - self._best_mean_step >= self.patience:
+        elif self.patience and step - self._waited_from >= self.patience:
             self.stopped = f"no better mean score in {self.patience} steps"
 
     def state(self) -> dict[str, Any]:
@@ -282,6 +297,7 @@ class RollbackGuard:
         return {
             "tasks": {task: asdict(watched) for task, watched in self._tasks.items()},
             "best_mean": [self._best_mean, self._best_mean_step],
+            "waited_from": self._waited_from,
             "interventions": [asdict(done) for done in self.interventions],
             "pace": self.pace,
             "stopped": self.stopped,
@@ -307,6 +323,7 @@ class RollbackGuard:
             scores = {measure: _Score(**score) for measure, score in table.pop("scores").items()}
             self._tasks[task] = _Watched(**table, scores=scores)
         self._best_mean, self._best_mean_step = state["best_mean"]
+        self._waited_from = int(state["waited_from"])
         self.interventions[:] = [Intervention(**done) for done in state["interventions"]]
         self.pace = float(state["pace"])
         self.stopped = state["stopped"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,14 +93,22 @@ def spell_out(arguments: list[str]) -> list[str]:
         rest = _names_first(rest)
     if word == "compare":
         rest = _methods_to_compare(rest)
-    elif about is not None and rest and _is_name(rest[0]):
-        method = _SWEPT.get(rest[0]) if word == "analyse" else None
-        chosen = any(argument.startswith("method=") for argument in rest)
-        if len(rest) > 1 and _is_name(rest[1]):
-            raise ConfigError(f"`{rest[1]}`: {word} is about one name; write `{word} {rest[0]}`")
-        rest[0] = f"{about}={rest[0]}"
-        rest += [f"method={method}"] if method and not chosen else []
+    elif about is not None:
+        rest = _named(word, about, rest)
     return [f"command={word}", *rest]
+
+
+def _named(word: str, about: str, arguments: list[str]) -> list[str]:
+    """Return the arguments of a command with the name that it is about as an option."""
+    names = list(takewhile(_is_name, arguments))
+    if not names:
+        return arguments
+    given = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{about}=")]
+    if others := [*given, *names][1:]:
+        raise ConfigError(f"`{others[0]}`: {word} is about one name; write `{word} {[*given, *names][0]}`")
+    method = _SWEPT.get(names[0]) if word == "analyse" else None
+    chosen = any(argument.startswith("method=") for argument in arguments)
+    return [f"{about}={names[0]}", *arguments[1:], *([f"method={method}"] if method and not chosen else [])]
 
 
 def _names_first(arguments: list[str]) -> list[str]:

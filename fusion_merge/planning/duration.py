@@ -119,7 +119,8 @@ def step_time(tower: Geometry, model: ModelSize, training: Training, speed: Spee
     if training.whole:
         merging = (3 * training.vectors + (10 if not training.vectors else 6)) * FLOAT * tower.numbers / speed.traffic
         return tasks * (forward * (1 + 2 * _BACK) + merging)
-    one = forward * (1 + _BACK) + _routed(tower, model, images, training.batch_routing, speed, backward=True)
+    behind = (tower.layers - model.first) / tower.layers  # before the first routed block nothing goes backwards
+    one = forward * (1 + _BACK * behind) + _routed(tower, model, images, training.batch_routing, speed, backward=True)
     return tasks * one + 10 * model.router_bytes / speed.traffic
 
 

@@ -210,4 +210,4 @@ def _copies(load: Load) -> int:
     """Return what is copied to be saved: weights that lie along their longer side, and on a GPU all."""
     if load.gpu:
         return load.model.bytes
-    return FLOAT * load.tower.layers * load.tower.matrix if load.model.kind in ("dense", "sparse") else 0
+    return FLOAT * load.model.mlps * load.tower.matrix if load.model.kind in ("dense", "sparse") else 0

@@ -24,7 +24,7 @@ def adaptation_notes(adaptation: Mapping[str, Any] | None) -> list[str]:
     for done in adaptation.get("interventions") or ():
         notes.append(
             f"`{done['task']}` degraded: its {done['measure']} fell from {done['best']:.2f} to {done['score']:.2f} by "
-            f"step {done['step']}; the parameters of step {done['back_to']} were put back, to go on at a quarter of "
-            f"the learning rate ({done['action']})"
+            f"step {done['step']}; the parameters of step {done['back_to']} were put back, with "
+            f"1/{round(1 / done['pace'])} of the learning rate ({done['action']})"
         )
     return notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -134,10 +135,14 @@ def written_report(report: Mapping[str, Any], table: str, pictures: Sequence[str
 
 
 def _how(run: Mapping[str, Any]) -> list[str]:
-    """Return paragraphs on the models and the options of a run; options that are off or null are left out."""
+    """Return paragraphs on the models and the options of a run, as one writes them; options that are null are not."""
     models, options = ((run.get(part) or {}).items() for part in ("models", "options"))
     base = [f"base `{source}`" for name, source in models if name == PRETRAINED]
     merged = [f"{name} `{source}`" for name, source in models if name != PRETRAINED]
-    chosen = [f"`{name}={value}`" for name, value in options if value is not None and value is not False]
+    chosen = [f"`{name}={_typed(value)}`" for name, value in options if value is not None]
     parts = {"Models": base + merged, "Options": chosen}
     return [f"{what}: {', '.join(told)}.\n" for what, told in parts.items() if told]
+
+
+def _typed(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -172,9 +173,38 @@ def test_help_is_about_what_was_chosen(tmp_path, arguments, shown):
     assert ("mine," in done.out) == any("own" in argument for argument in arguments)
 
 
+@pytest.mark.parametrize("name", ["préréglages", "a b,'c"])
+def test_help_reads_the_folder_of_presets_whatever_its_name(tmp_path, name):
+    (tmp_path / name / "method").mkdir(parents=True)
+    (tmp_path / name / "method" / "mine.yaml").write_text("_target_: fusion_merge.methods.dummy.DummyAlgorithm\n")
+    done = run_cli("--config-dir", name, "--help", "method=mine", cwd=tmp_path)
+    assert (done.code, done.err) == (0, "")
+    assert "methods.dummy.DummyAlgorithm" in done.out
+
+
 def test_help_with_a_folder_of_presets_that_is_not_there_names_it(tmp_path):
     done = run_cli("--config-dir", "nix", "--help", cwd=tmp_path)
     assert_refused(done, tmp_path, "nix' not found")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--help", "--config-dir"],
+        ["--help", "--cfg", "nonsense"],
+        ["--help", "--config-dir", "a", "--config-dir", "b"],
+        ["--help", "--config-dir", "a", "hydra.searchpath=[file://b]"],
+        ["--help", "--config-dir", "nix"],
+        ["--help", "--resolve"],
+        ["method=glob(*)", "--help"],
+    ],
+)
+def test_help_is_left_to_hydra_where_it_alone_knows(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+    assert (cli._help_on(arguments) is None) == (len(arguments) > 1)
 
 
 def test_config_folder_where_one_works_changes_nothing(tmp_path):
@@ -433,22 +463,40 @@ def test_plan_names_method_models_and_tasks(pool_dir, tmp_path):
         ("modelpool.models=[1,2", "close all brackets"),
         ("taskpool.tasks.cats.templates=a {} x", """in quotes of its own: 'taskpool.tasks.cats.templates="a {} x"'"""),
         ("taskpool.tasks.cats.templates", "`taskpool.tasks.cats.templates` has no value; write KEY=VALUE"),
+        ("seed=int(x)", "is not possible: ValueError while evaluating 'int(x)'"),
+        ("seed=nix(3)", "is not possible: HydraException while evaluating 'nix(3)': Unknown function 'nix'"),
+        ("modelpool=[a", "close all brackets"),
+        ("method lr=3", "`method lr` is not a key; write KEY=VALUE, without a space before or after the `=`"),
+        ("method.lr =3", "`method.lr ` is not a key"),
     ],
 )
 def test_a_value_that_cannot_be_read_is_explained(argument, way_out, tmp_path):
     done = run_cli("modelpool=clip_vision", argument, cwd=tmp_path)
-    assert_refused(done, tmp_path, f"`{argument}`", way_out)
+    assert_refused(done, tmp_path, argument.partition("=")[0], way_out)
     assert "hydra" not in done.err
+
+
+@pytest.mark.parametrize("text", ["a {} x", "it's a {}", 'a "b" {}', '"a photo', "a\\{} b", 'a\\"{}', "a {} b\\"])
+def test_the_way_out_for_a_text_with_signs_can_be_pasted(text, tmp_path):
+    done = run_cli("modelpool=clip_vision", f"report_save_path={text}", cwd=tmp_path)
+    assert_refused(done, tmp_path, f"`report_save_path={text}` cannot be read", "in quotes of its own: ")
+    (pasted,) = shlex.split(done.err.partition("in quotes of its own: ")[2])
+    assert composed(pasted)["report_save_path"] == text
 
 
 def test_an_option_of_another_method_is_said_to_be_one(tmp_path):
     done = run_cli("method=wemoe", "method.selection=top_k", cwd=tmp_path)
     assert_refused(done, tmp_path, "`method.selection` is not an option of this method, but one of fusion_moe")
+    done = run_cli("method=fusion_moe", "method.threshold=1", cwd=tmp_path)  # which others have, and this one nearly
+    assert_refused(done, tmp_path, "did you mean `select_threshold`?")
+    done = run_cli("method=wemoe", "method.defaults=1", cwd=tmp_path)
+    assert "one of" not in done.err
 
 
 def test_describe_is_about_one_name(tmp_path):
-    done = run_cli("describe", "fusion_moe", "objective", cwd=tmp_path)
-    assert_refused(done, tmp_path, "`objective`: describe is about one name; write `describe fusion_moe`")
+    for first in ("fusion_moe", "method=fusion_moe"):
+        done = run_cli("describe", first, "objective", cwd=tmp_path)
+        assert_refused(done, tmp_path, "`objective`: describe is about one name; write `describe fusion_moe`")
 
 
 def test_a_corruption_that_nothing_looks_at_is_refused(pool_dir, tmp_path):

@@ -657,6 +657,14 @@ def test_what_is_not_in_a_folder_that_is_here_is_said_to_be_missing_there(tmp_pa
         make_task("cats", "images/nix")
 
 
+def test_what_is_there_and_cannot_be_read_is_not_said_to_be_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "cats.parquet").write_bytes(b"no table")
+    with pytest.raises(DataError, match=r"from `images/cats\.parquet`: "):
+        make_task("cats", "images/cats.parquet")
+
+
 def test_file_of_an_unknown_kind_is_refused(tmp_path):
     (tmp_path / "cats.txt").write_text("meow")
     with pytest.raises(DataError, match=r"cats\.txt.*known are \.parquet"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -299,3 +300,21 @@ def test_building_holds_one_linear_layer_at_a_time(method):
     assert held(targets="mlp", layers=[1]) == pytest.approx(held(targets="mlp"), rel=0.01)
     assert held(targets="all") == pytest.approx(held(targets="mlp"), rel=0.01)  # of the largest
     assert held(targets="attention") == pytest.approx(held(targets="mlp") / 4, rel=0.02)
+
+
+def test_layers_before_the_first_routed_one_take_no_time_backwards():
+    training = Training(16, batches=4, batch_routing=False)
+    load = changed(dataclasses.replace(start_load(FUSION, 0), training=training), router_bytes=0)
+    plain = changed(load, mlps=0, attentions=0, experts=0)
+    found = [seconds(changed(plain, first=first), "adapting", Speed(1e10, 1e10, 0.0)) for first in range(4)]
+    steps = [before - after for before, after in itertools.pairwise(found)]
+    assert steps == pytest.approx([steps[0]] * 3)
+    assert found[0] == pytest.approx(2.1 * found[3])  # a backward pass takes 1.1 times as long as a forward pass
+    assert start_load(dataclasses.replace(FUSION, layers=[1, 2]), 0).model.first == 1
+
+
+@pytest.mark.parametrize(("layers", "count"), [("all", 3), ([0, 2], 2), ([1], 1)])
+def test_saving_copies_the_weights_of_routed_mlps(layers, count):
+    load = start_load(WEMoEAlgorithm(layers=layers), 0)
+    none = phase(dataclasses.replace(changed(load, mlps=0), saves=True), "saving").host_bytes
+    assert phase(dataclasses.replace(load, saves=True), "saving").host_bytes - none == count * FLOAT * load.tower.matrix

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import multiprocessing
+import os
 import random
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def test_the_state_is_saved_every_so_often_and_at_the_end(tmp_path, monkeypatch)
 
 def test_where_there_is_other_progress_alone_it_is_said_what_differs(tmp_path, caplog):
     how = {"lr": 0.1, "objective": "entropy"}
-    adapted(Progress(tmp_path / "toy-1.progress", how, 1), 2)
+    for number, (name, lr) in enumerate((("toy-0", 0.3), ("toy-1", 0.1), ("toy-3", 0.4))):
+        adapted(Progress(tmp_path / f"{name}.progress", how | {"lr": lr}, 1), 2)
+        os.utime(tmp_path / f"{name}.progress", (0, 5 - abs(number - 1)))  # so that the one in the middle is the newest
     with caplog.at_level("INFO"):
         Progress(tmp_path / "toy-2.progress", how | {"lr": 0.2}, 1, resume=True)
         Progress(tmp_path / "other-2.progress", how, 1, resume=True)

@@ -13,6 +13,7 @@ from runs import files_in
 
 from fusion_merge import FusionMoEAlgorithm, RankOneMoEAlgorithm, WEMoEAlgorithm
 from fusion_merge.pools.loaders import Placement
+from fusion_merge.report import plots
 from fusion_merge.report.plots import loss_curve, routing_picture
 from fusion_merge.report.routing import block_names, routing_weights
 from fusion_merge.report.tables import accuracy_table, model_size, written_report
@@ -83,10 +84,17 @@ def test_written_report_says_how_it_came_about():
 
 def test_written_report_names_models_and_options():
     models = {"_pretrained_": "hub/base", "cats": "models/cats", "dogs": "models/dogs"}
-    options = {"objective": "infomax", "lr": 0.5, "patience": 0, "checkpoint": False, "cache_dir": None}
+    options = {
+        "objective": "infomax",
+        "lr": 0.5,
+        "patience": 0,
+        "mixed_tasks": False,
+        "layers": [0, 3],
+        "cache_dir": None,
+    }
     text = written_report(report_of(models=models, options=options), "", [])
     assert "Models: base `hub/base`, cats `models/cats`, dogs `models/dogs`.\n" in text
-    assert "Options: `objective=infomax`, `lr=0.5`, `patience=0`.\n" in text
+    assert "Options: `objective=infomax`, `lr=0.5`, `patience=0`, `mixed_tasks=false`, `layers=[0, 3]`.\n" in text
 
 
 def test_written_report_says_that_adaptation_was_interrupted():
@@ -104,10 +112,11 @@ def test_written_report_names_collapsed_tasks():
 
 def test_written_report_tells_of_a_task_that_was_taken_back():
     done = {"task": "cats", "measure": "agreement", "best": 0.8, "score": 0.6, "step": 30, "back_to": 20}
-    adaptation = {"steps": 40, "interrupted": False, "seconds": 3.0, "interventions": [done | {"action": "tempered"}]}
+    done |= {"action": "tempered", "pace": 1 / 16}
+    adaptation = {"steps": 40, "interrupted": False, "seconds": 3.0, "interventions": [done]}
     assert (
         "**`cats` degraded: its agreement fell from 0.80 to 0.60 by step 30; the parameters of step 20 were put back, "
-        "to go on at a quarter of the learning rate (tempered).**"
+        "with 1/16 of the learning rate (tempered).**"
     ) in written_report(report_of(adaptation=adaptation), "", [])
 
 
@@ -143,13 +152,16 @@ def test_loss_curve_is_a_picture(tmp_path, entropy):
     check_picture(tmp_path / "loss.png")
 
 
-def test_loss_curve_marks_where_a_task_was_taken_back(tmp_path):
+def test_loss_curve_marks_where_a_task_was_taken_back(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, _: figures.append(figure))
     losses = {"cats": [0.7, 0.6, 0.5], "dogs": [1.1, 1.0, 0.9]}
-    for name, marks in (("without", []), ("with", [(1, "dogs"), (2, "dogs")])):
-        (tmp_path / name).mkdir()
-        loss_curve(tmp_path / name / "loss.png", losses, "loss", taken_back=marks)
-        check_picture(tmp_path / name / "loss.png")
-    assert (tmp_path / "with" / "loss.png").read_bytes() != (tmp_path / "without" / "loss.png").read_bytes()
+    loss_curve(tmp_path / "loss.png", losses, "loss", taken_back=[(1, "dogs"), (2, "cats")])
+    lines = figures[0].axes[0].get_lines()
+    colours = {line.get_label(): line.get_color() for line in lines}
+    marks = [(list(line.get_xdata()), line.get_color()) for line in lines if len(line.get_xdata()) == 2]
+    assert marks == [([1, 1], colours["dogs"]), ([2, 2], colours["cats"])]
+    assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()].count("taken back") == 1
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_a_task_that_falls_on_one_class_is_taken_back_to_its_best():
     assert done.score < done.best - 0.05
     assert course.parameter.item() == done.back_to == 13  # the last before, when least of the noise was left
     assert not course.optimizer.state  # which belonged to what is gone
-    assert course.guard.weight("cats") == course.guard.pace == 0.25
+    assert course.guard.weight("cats") == course.guard.pace == done.pace == 0.25
     assert course.guard.weight("dogs") == 1
 
 
@@ -100,6 +100,41 @@ def test_a_task_taken_back_three_times_ends_adaptation():
         assert course.step < 150
     assert course.guard.stopped == "task `cats` was taken back 3 times"
     assert course.guard.weight("cats") == course.guard.pace == 0.25**3
+
+
+def spread(share: float) -> torch.Tensor:
+    """A mean prediction whose entropy is higher for a higher share."""
+    return share * EVEN + (1 - share) * ONE
+
+
+@pytest.mark.parametrize("patience", [0, 30])
+def test_adaptation_never_ends_with_parameters_that_were_taken_back(patience):
+    """Whoever else got better by them."""
+    course = Course(patience=patience)
+    while course.guard.stopped is None:
+        seen = course.guard._tasks["cats"].seen
+        falls = seen >= 20 and (not patience or not course.guard.interventions)
+        course.go(ONE if falls else EVEN, spread(min(1.0, 0.3 + 0.006 * course.step)))
+        assert course.step < 200
+    ends = {0: "task `cats` was taken back 3 times", 30: "no better mean score in 30 steps"}
+    assert course.guard.stopped == ends[patience]
+    last = course.guard.interventions[-1]
+    if patience == 0:
+        assert course.parameter.item() == last.back_to < last.step
+    assert course.parameter.item() <= last.back_to or course.parameter.item() > last.step
+
+
+def test_what_a_task_gained_by_parameters_that_were_taken_back_is_not_expected_of_it():
+    course = Course(may_ask_experts=True)
+    for _ in range(14):
+        course.go(EVEN, agreement={"cats": 0.9, "dogs": 0.5})
+    while not course.guard.interventions:
+        course.go(EVEN, agreement={"cats": 0.3, "dogs": 0.95})  # at the others' expense
+        assert course.step < 60
+    assert course.guard.interventions[0].task == "cats"
+    for _ in range(30):
+        course.go(EVEN, agreement={"cats": 0.9, "dogs": 0.5})
+    assert len(course.guard.interventions) == 1
 
 
 def test_adaptation_ends_where_nothing_improves():
