@@ -72,8 +72,11 @@ def open_data(name: str, data: Any, split: str | None, purpose: Purpose) -> Any:
 
 def _not_beside(data: Any) -> str:
     """Return in words that what may be a path or a hub id is not in the folder that it would be in, if that is here."""
-    folder = Path(data).parent if isinstance(data, str) and not Path(data).exists() else Path()
-    return f", which is not in the folder `{folder}` that is here" if folder.parts and folder.is_dir() else ""
+    try:
+        folder = Path(data).parent if isinstance(data, str) and not Path(data).exists() else Path()
+        return f", which is not in the folder `{folder}` that is here" if folder.parts and folder.is_dir() else ""
+    except (OSError, ValueError):  # what can be no path
+        return ""
 
 
 def same_split(first: str, second: str) -> bool:

@@ -423,7 +423,7 @@ def test_unknown_prompt_set_names_the_nearest():
 
 def test_help_shows_a_preset_beside_the_family_that_begins_with_its_name(monkeypatch):
     names = ["pool", *(f"pool_{k}" for k in "abcd")]
-    monkeypatch.setattr("fusion_merge.help.preset_names", lambda _group: names)
+    monkeypatch.setattr("fusion_merge.help.preset_names", lambda *_: names)
     lines = [line.removeprefix("modelpool").strip() for line in shown_presets().splitlines()]
     assert {"pool", "pool_{a, b, c, d}"} <= {*lines}
 
