@@ -43,6 +43,11 @@ def explain(error: Exception) -> str:
         return str(error.__cause__)  # of a resolver of our own
     if isinstance(error, OverrideParseException):
         return _explain_grammar(error)
+    if found := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", str(error)):
+        return (
+            f"`{found[1]}={found[2]}` has several values; give `--multirun` to run each, write [{found[2]}] for a "
+            "list, or put a text in quotes of its own"
+        )
     if found := re.search(r"Could not override '([^']+)'", str(error)):
         return _explain_key(found[1])
     cause = error.__cause__

@@ -78,7 +78,9 @@ def check_options(instance: Any) -> None:
             setattr(instance, field.name, value)
         where = f"`{field.name}`={value!r} of {type(instance).__name__}"
         if not any(_fits(value, part) for part in _parts(hint)):
-            raise ConfigError(f"{where} is not of type {' or '.join(_word(part) for part in _parts(hint))}")
+            alone = any(type(value) in typing.get_args(part) for part in _parts(hint))
+            way_out = f"; write [{value}]" if alone else ""
+            raise ConfigError(f"{where} is not of type {' or '.join(map(_word, _parts(hint)))}{way_out}")
         if not all(math.isfinite(v) for v in (value if isinstance(value, list) else [value]) if isinstance(v, float)):
             raise ConfigError(f"{where} is not a finite number")
         _check_range(where, value, field.metadata)

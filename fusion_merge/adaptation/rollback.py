@@ -33,12 +33,12 @@ class Intervention:
     """What was done for a task that degraded.
 
     Attributes:
-        step: when it was seen.
+        step: after how many steps it was seen.
         task: which one.
         measure: what fell: `agreement` with its expert, or the `marginal entropy` over its largest possible value.
         score: that, in 0-1, as the running mean then was.
-        best: the best that it surely was.
-        back_to: the step whose parameters were put back.
+        best: the running mean where that was surely best.
+        back_to: after how many steps the parameters were that were put back.
         action: what became of the loss: `expert labels` instead of the objective, `expert labels for all` tasks, or
             `tempered`.
         pace: what the learning rate is multiplied by from then on, in 0-1.
@@ -62,12 +62,14 @@ class _Score:
         value: the mean, in 0-1.
         noise: the variance of the mean beside that of one image: how much of the noise is left.
         best: the largest lower bound so far.
+        at_best: the mean that it was the bound of.
         first: the lower bound when it was first settled.
     """
 
     value: float = 0.0
     noise: float = 1.0
     best: float = -math.inf
+    at_best: float = 0.0
     first: float | None = None
 
     def bounds(self, images: int) -> tuple[float, float]:
@@ -220,7 +222,7 @@ class RollbackGuard:
                 score.first = low
             if low <= score.best:
                 continue
-            score.best = low
+            score.best, score.at_best = low, score.value
             if measure == (_AGREEMENT if _AGREEMENT in watched.scores else _ENTROPY):
                 watched.best_step = step
                 self._states[step] = before
@@ -257,11 +259,11 @@ class RollbackGuard:
                 other.by_expert = True
         else:
             watched.weight, action = watched.weight * _TEMPERED, "tempered"
-        done = Intervention(step, task, measure, score.value, score.best, watched.best_step, action, self.pace)
+        done = Intervention(step, task, measure, score.value, score.at_best, watched.best_step, action, self.pace)
         self.interventions.append(done)
         log.warning(
-            "task `%s` degrades: its %s fell from %.2f to %.2f by step %d; "
-            "back to the parameters of step %d, with 1/%d of the learning rate, and %s",
+            "task `%s` degrades: its %s fell from %.2f to %.2f within %d steps; "
+            "back to the parameters after %d steps, with 1/%d of the learning rate, and %s",
             *(task, measure, done.best, done.score, step, done.back_to, round(1 / self.pace), _ACTIONS[action]),
         )
         self._forget_after(watched.best_step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,6 +80,7 @@ def spell_out(arguments: list[str]) -> list[str]:
     Raises:
         ConfigError: if the first word is not a command.
     """
+    _refuse_spaces(arguments)
     if not arguments or "=" in arguments[0] or arguments[0].startswith(("-", "+", "~")):
         return arguments
     word, *rest = arguments
@@ -96,6 +97,14 @@ def spell_out(arguments: list[str]) -> list[str]:
     elif about is not None:
         rest = _named(word, about, rest)
     return [f"command={word}", *rest]
+
+
+def _refuse_spaces(arguments: list[str]) -> None:
+    """Refuse KEY = VALUE, which comes as three words, or two."""
+    for first, second in pairwise(arguments):
+        option = not first.startswith("-")
+        if option and (second.startswith("=") or (first.endswith("=") and first != "=" and _is_name(second))):
+            raise ConfigError(f"`{first} {second}`: write KEY=VALUE, without a space before or after the `=`")
 
 
 def _named(word: str, about: str, arguments: list[str]) -> list[str]:

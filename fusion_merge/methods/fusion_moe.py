@@ -103,8 +103,12 @@ class FusionMoEAlgorithm(RankOneMethod):
         self.make_selection()
         if (self.selection in ("top_k", "soft_top_k")) is not (self.select_k != -1):
             raise ConfigError(
-                f"`selection`={self.selection} and `select_k`={self.select_k} do not go together; top_k and soft_top_k "
-                "keep `select_k` coefficients, so give it too, such as `select_k`=16; the others have no use for it"
+                f"`selection`={self.selection} and `select_k`={self.select_k} do not go together; "
+                + (
+                    "top_k and soft_top_k keep `select_k` coefficients: choose one of them, or leave `select_k` out"
+                    if self.select_k != -1
+                    else "give the number of coefficients that are kept too, such as `select_k`=16"
+                )
             )
         if self.router_state_width and (self.router_start != "constant" or self.router_hidden_layers != 1):
             raise ConfigError(

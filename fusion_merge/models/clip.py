@@ -26,7 +26,7 @@ from fusion_merge.errors import ModelError, reason
 from fusion_merge.models.clip_config import check_same_arithmetic as check_same_arithmetic
 from fusion_merge.models.clip_config import check_whole_clip as check_whole_clip
 from fusion_merge.models.clip_config import vision_config as vision_config
-from fusion_merge.models.offline import WAY_OUT, is_offline
+from fusion_merge.models.offline import WAY_OUT, asking_the_hub, is_offline
 from fusion_merge.models.pictures import as_bytes
 from fusion_merge.models.sources import WEIGHT_PATTERNS
 from fusion_merge.task_vectors import State, check_same_shape_tables, shapes_of
@@ -315,7 +315,7 @@ def load_clip(path: str, *, where: str, **hub_options: Any) -> CLIPModel:
         ModelError: if it cannot be read, or is not a whole CLIP model.
     """
     try:
-        with _no_progress():
+        with asking_the_hub(path), _no_progress():
             loaded: Any = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **hub_options)
         model, info = loaded
     except Exception as error:  # configurations and unpicklers fail in ways of their own
@@ -355,17 +355,18 @@ def load_processor(path: str, *, where: str, **hub_options: Any) -> Processor:
         ModelError: if it cannot be read.
     """
     backend = {"backend": "pil"} if _TRANSFORMERS_5 else {"use_fast": False}
-    try:
-        options = {"trust_remote_code": False, **hub_options}  # nothing is run, and nobody is asked
-        image_processor = AutoImageProcessor.from_pretrained(path, **backend, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except Exception as error:  # tokenizers and image processors fail in ways of their own
-        if is_offline() and not Path(path).exists():
-            raise ModelError(f"the CLIP processor of {where} is not in the cache; {WAY_OUT}") from error
-        raise ModelError(
-            f"cannot read a CLIP processor from {where}; save one there, or name another place as the pool's "
-            f"`processor` ({str(error) or reason(error)})"
-        ) from error
+    with asking_the_hub(path):
+        try:
+            options = {"trust_remote_code": False, **hub_options}  # nothing is run, and nobody is asked
+            image_processor = AutoImageProcessor.from_pretrained(path, **backend, **options)
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        except Exception as error:  # tokenizers and image processors fail in ways of their own
+            if is_offline() and not Path(path).exists():
+                raise ModelError(f"the CLIP processor of {where} is not in the cache; {WAY_OUT}") from error
+            raise ModelError(
+                f"cannot read a CLIP processor from {where}; save one there, or name another place as the pool's "
+                f"`processor` ({str(error) or reason(error)})"
+            ) from error
     return Processor(image_processor, tokenizer)
 
 

@@ -139,6 +139,11 @@ def _state(model: MergedCLIPVisionModel, source: Source, where: str) -> Mapping[
     """Return a tower's tensors by canonical name; those of another shape are refused."""
     if isinstance(source, nn.Module):
         state: Mapping[str, Tensor] = module_state(source)
+    elif not isinstance(source, Mapping):
+        raise ModelError(
+            f"{where} is {source!r}, which is not a model; give a module or its tensors by name, as "
+            "`pool.load_model(NAME)` reads it"
+        )
     else:
         state = {short: source[name].detach() for short, name in canonical_names(source).items()}
     expected = expected_shapes(vision_config(model.config.vision_config, where="the merged model"))

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import datasets
 from huggingface_hub import constants
 from transformers.utils import hub
+
+log = logging.getLogger(__name__)
 
 _SWITCHES: tuple[tuple[ModuleType, str], ...] = (
     (constants, "HF_HUB_OFFLINE"),
@@ -37,3 +46,34 @@ def without_network() -> Iterator[None]:
     finally:
         for module, name, value in before:
             setattr(module, name, value)
+
+
+@contextmanager
+def asking_the_hub(path: str = "") -> Iterator[None]:
+    """Ask the hub inside, unless nobody here knows where it is, as without a network: then as in `without_network`.
+
+    Whoever asks all the same waits for half a minute of retries, for each file.
+
+    Args:
+        path: what is wanted; where it is a path that exists, nothing is looked up.
+    """
+    asked = not is_offline() and not (path and Path(path).exists())
+    lost = asked and not _is_known(urlsplit(constants.ENDPOINT).hostname or "", int(time.monotonic() // _WHILE))
+    with without_network() if lost else nullcontext():
+        yield
+
+
+_WHILE = 60.0  # seconds for which it is not looked up anew
+
+
+@lru_cache(maxsize=1)
+def _is_known(host: str, _while: int) -> bool:
+    """Return whether the name of a machine can be looked up, or somebody else does that."""
+    if getproxies():
+        return True
+    try:
+        socket.getaddrinfo(host, None)
+    except socket.gaierror:
+        log.warning("no network: `%s` is not known here, and only the caches are looked in", host)
+        return False
+    return True

@@ -15,7 +15,7 @@ from fusion_merge import zoo
 from fusion_merge.commits import pending
 from fusion_merge.errors import ModelError, reason
 from fusion_merge.files import misspelt
-from fusion_merge.models.offline import WAY_OUT, is_offline
+from fusion_merge.models.offline import WAY_OUT, asking_the_hub, is_offline
 from fusion_merge.models.tensor_files import HeadedState as HeadedState
 from fusion_merge.models.tensor_files import LazyState as LazyState
 from fusion_merge.models.tensor_files import fingerprint as fingerprint
@@ -233,10 +233,11 @@ def _not_here(source: str, why: str) -> ModelError:
 
 def _hub_fetch(hub_id: str, options: Mapping[str, Any]) -> Fetch:
     def fetch(name: str) -> Path | None:
-        try:
-            found = cached_file(hub_id, name, _raise_exceptions_for_missing_entries=False, **options)
-        except (OSError, ValueError) as error:
-            raise _not_here(hub_id, reason(error)) from error
+        with asking_the_hub():
+            try:
+                found = cached_file(hub_id, name, _raise_exceptions_for_missing_entries=False, **options)
+            except (OSError, ValueError) as error:
+                raise _not_here(hub_id, reason(error)) from error
         return Path(found) if found else None
 
     return fetch

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from hydra.utils import instantiate
 
 from fusion_merge.errors import DataError, nearest
 from fusion_merge.files import misspelt
-from fusion_merge.models.offline import WAY_OUT, is_offline
+from fusion_merge.models.offline import WAY_OUT, asking_the_hub, is_offline
 from fusion_merge.pools.cached_data import check_revision
 from fusion_merge.pools.folders import read_file, read_folder, split_called
 from fusion_merge.zoo import SCHEME, TASK_POOLS
@@ -65,7 +66,7 @@ def open_data(name: str, data: Any, split: str | None, purpose: Purpose) -> Any:
         if "corresponds to no data" in str(error):
             raise DataError(f"the dataset of `{name}` is empty; give one with at least one image") from error
         where = f"cannot read the dataset of `{name}` from `{data}`{_not_beside(data)}"
-        if is_offline() and isinstance(error, ConnectionError):
+        if isinstance(error, _NotCached):
             raise DataError(f"{where}: it is not here and not in the cache; {WAY_OUT}") from error
         raise DataError(f"{where}: {error}") from error
 
@@ -144,13 +145,17 @@ def folder_of(data: Any) -> Path | None:
     return local.parent.absolute() if local.is_file() else local.absolute() if local.is_dir() else None
 
 
+class _NotCached(ConnectionError):
+    """The hub is not to be asked, or cannot be, and the caches do not have what is wanted."""
+
+
 def _load(data: Any, split: str | None, purpose: Purpose) -> Any:
     if isinstance(data, Mapping) and not isinstance(data, DatasetDict):
         if "_target_" in data:
-            return _of_that_revision(instantiate(dict(data)), data)
+            return _of_that_revision(_had(partial(instantiate, dict(data))), data)
         if data.get("path") == "imagefolder" and set(data) == {"path", "data_dir"}:
             return _load_path(str(data["data_dir"]), split, purpose)  # whose names `datasets` takes for splits
-        return _of_that_revision(load_dataset(**data), data)
+        return _of_that_revision(_had(partial(load_dataset, **data)), data)
     return _load_path(str(data), split, purpose) if isinstance(data, str | Path) else data
 
 
@@ -171,7 +176,17 @@ def _load_path(source: str, split: str | None, purpose: Purpose) -> Any:
             f"`{source}` does not exist; give images, parquet, a table of paths, a saved dataset or a hub id"
         )
     hub_id, _, revision = source.partition("@")
-    return _of_that_revision(load_dataset(hub_id, revision=revision or None), {"path": hub_id, "revision": revision})
+    loaded = _had(partial(load_dataset, hub_id, revision=revision or None))
+    return _of_that_revision(loaded, {"path": hub_id, "revision": revision})
+
+
+def _had(load: Callable[[], Any]) -> Any:
+    """Return what is loaded from the hub, or from its cache."""
+    with asking_the_hub():
+        try:
+            return load()
+        except ConnectionError as error:
+            raise _NotCached if is_offline() else error from None
 
 
 def _of_that_revision(loaded: Any, options: Mapping[str, Any]) -> Any:

@@ -23,8 +23,8 @@ def adaptation_notes(adaptation: Mapping[str, Any] | None) -> list[str]:
         notes.append(f"`{task}` collapsed to one class from step {step} on")
     for done in adaptation.get("interventions") or ():
         notes.append(
-            f"`{done['task']}` degraded: its {done['measure']} fell from {done['best']:.2f} to {done['score']:.2f} by "
-            f"step {done['step']}; the parameters of step {done['back_to']} were put back, with "
+            f"`{done['task']}` degraded: its {done['measure']} fell from {done['best']:.2f} to {done['score']:.2f} "
+            f"within {done['step']} steps; the parameters after {done['back_to']} steps were put back, with "
             f"1/{round(1 / done['pace'])} of the learning rate ({done['action']})"
         )
     return notes

@@ -135,11 +135,11 @@ def written_report(report: Mapping[str, Any], table: str, pictures: Sequence[str
 
 
 def _how(run: Mapping[str, Any]) -> list[str]:
-    """Return paragraphs on the models and the options of a run, as one writes them; options that are null are not."""
+    """Return paragraphs on the models and the options of a run, as one writes them."""
     models, options = ((run.get(part) or {}).items() for part in ("models", "options"))
     base = [f"base `{source}`" for name, source in models if name == PRETRAINED]
     merged = [f"{name} `{source}`" for name, source in models if name != PRETRAINED]
-    chosen = [f"`{name}={_typed(value)}`" for name, value in options if value is not None]
+    chosen = [f"`{name}={_typed(value)}`" for name, value in options]
     parts = {"Models": base + merged, "Options": chosen}
     return [f"{what}: {', '.join(told)}.\n" for what, told in parts.items() if told]
 

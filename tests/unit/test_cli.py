@@ -468,12 +468,19 @@ def test_plan_names_method_models_and_tasks(pool_dir, tmp_path):
         ("modelpool=[a", "close all brackets"),
         ("method lr=3", "`method lr` is not a key; write KEY=VALUE, without a space before or after the `=`"),
         ("method.lr =3", "`method.lr ` is not a key"),
+        ("method.lr=1e-3,1e-4", "give `--multirun` to run each, write [1e-3,1e-4] for a list"),
     ],
 )
 def test_a_value_that_cannot_be_read_is_explained(argument, way_out, tmp_path):
     done = run_cli("modelpool=clip_vision", argument, cwd=tmp_path)
     assert_refused(done, tmp_path, argument.partition("=")[0], way_out)
     assert "hydra" not in done.err
+
+
+@pytest.mark.parametrize("spaced", ["method = wemoe", "method= wemoe", "method =wemoe", "seed=1 method.lr = 3"])
+def test_spaces_around_the_equals_sign_are_refused(spaced, tmp_path):
+    done = run_cli(*spaced.split(), cwd=tmp_path)
+    assert_refused(done, tmp_path, "write KEY=VALUE, without a space before or after the `=`")
 
 
 @pytest.mark.parametrize("text", ["a {} x", "it's a {}", 'a "b" {}', '"a photo', "a\\{} b", 'a\\"{}', "a {} b\\"])

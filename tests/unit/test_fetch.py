@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,8 @@ from transformers.utils import hub as transformers_hub
 from fusion_merge import CLIPVisionModelPool, MergedCLIPVisionModel, WEMoEAlgorithm
 from fusion_merge.errors import DataError, ModelError
 from fusion_merge.models import offline
-from fusion_merge.models.sources import LazyState
+from fusion_merge.models.clip import load_clip, load_processor
+from fusion_merge.models.sources import LazyState, find_files
 from fusion_merge.pools import reading
 from fusion_merge.pools.datasets import make_task
 from fusion_merge.pools.model_pool import PRETRAINED
@@ -363,3 +365,68 @@ def test_a_dataset_that_was_cached_later_is_not_taken_for_main(root, pool_dir):
 def test_a_dataset_cache_that_was_copied_alone_is_read(root):
     shutil.rmtree(root / "hub" / "datasets--some--cat_pictures")
     assert len(make_task("cats", "some/cat_pictures")) == 12
+
+
+# Without a network, and without being told so
+
+
+@pytest.fixture
+def no_network(monkeypatch) -> list[str]:
+    """A machine that knows no other; the names that are looked up."""
+    asked: list[str] = []
+
+    def look_up(host: str, *_: object) -> None:
+        asked.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    for module, name in offline._SWITCHES:
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, False)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(offline, "getproxies", dict)
+    offline._is_known.cache_clear()
+    yield asked
+    offline._is_known.cache_clear()
+
+
+def test_where_the_hub_is_unknown_it_is_not_asked(no_network, caplog):
+    for _ in range(2):
+        with offline.asking_the_hub("some/model"):
+            assert offline.is_offline()
+        assert not offline.is_offline()
+    assert no_network == ["huggingface.co"]  # once for a while
+    assert caplog.messages == ["no network: `huggingface.co` is not known here, and only the caches are looked in"]
+
+
+def test_what_is_here_needs_no_network(no_network, tmp_path):
+    with offline.asking_the_hub(str(tmp_path)):
+        assert not offline.is_offline()
+    assert no_network == []
+
+
+def test_a_proxy_may_know_the_hub(no_network, monkeypatch):
+    monkeypatch.setattr(offline, "getproxies", lambda: {"https": "http://proxy:3128"})
+    with offline.asking_the_hub("some/model"):
+        assert not offline.is_offline()
+    assert no_network == []
+
+
+def test_a_known_hub_is_asked(no_network, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
+    with offline.asking_the_hub("some/model"):
+        assert not offline.is_offline()
+
+
+def test_models_processors_and_images_that_are_not_here_are_told_at_once(no_network):
+    with pytest.raises(ModelError, match="`some/model` is not a folder here"):
+        find_files("some/model")
+    with pytest.raises(ModelError, match="cannot read `x` as a CLIP model"):
+        load_clip("some/model", where="`x`")
+    with pytest.raises(ModelError, match="the CLIP processor of `x` is not in the cache; bring it there"):
+        load_processor("some/model", where="`x`")
+    for data in ("some/images", {"path": "some/images"}):
+        with pytest.raises(DataError, match="it is not here and not in the cache; bring it there"):
+            make_task("cats", data)
+    with pytest.raises(DataError, match="OfflineModeIsEnabled"):
+        make_task("cats", {"_target_": "datasets.load_dataset", "path": "some/images"})
+    assert no_network == ["huggingface.co"]  # by us, and by no library, which would try again and again

@@ -198,6 +198,9 @@ def test_what_does_not_fit_is_refused(modelpool):
     _refused(model, ModelError, "the model of `birds` has `.*` of shape", adding(source=other))
     _refused(model, ModelError, "lacks", adding(source={"post_layernorm.weight": torch.ones(16)}))
     _refused(model, ModelError, "NaN", adding(source=broken))
+    _refused(
+        model, ModelError, "the model of `birds` is 'models/birds', which is not a model", adding(source="models/birds")
+    )
     _refused(model, ModelError, r"images of `birds` are \(2, 3, 8, 8\)", adding(images=torch.zeros(2, 3, 8, 8)))
     _refused(model, ModelError, "there is no image of `birds`", adding(images=[]))
     _refused(model, ConfigError, "belong together", adding(classnames=["a"]))

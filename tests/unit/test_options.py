@@ -120,7 +120,7 @@ def test_whole_numbers_in_a_list_become_floats_and_the_list_that_was_given_stays
     ("values", "message"),
     [
         ({"names": ["a", 1]}, r"`names`=\['a', 1\].* is not of type list of str or null"),
-        ({"names": "a"}, r"`names`='a'.* is not of type list of str or null"),
+        ({"names": "a"}, r"`names`='a'.* is not of type list of str or null; write \[a\]"),
         ({"names": ("a",)}, r"is not of type list of str or null"),
         ({"weight": [True]}, r"`weight`=\[True\].* is not of type float or list of float"),
         ({"weight": ["1"]}, r"is not of type float or list of float"),

@@ -94,7 +94,10 @@ def test_written_report_names_models_and_options():
     }
     text = written_report(report_of(models=models, options=options), "", [])
     assert "Models: base `hub/base`, cats `models/cats`, dogs `models/dogs`.\n" in text
-    assert "Options: `objective=infomax`, `lr=0.5`, `patience=0`, `mixed_tasks=false`, `layers=[0, 3]`.\n" in text
+    assert (
+        "Options: `objective=infomax`, `lr=0.5`, `patience=0`, `mixed_tasks=false`, `layers=[0, 3]`, "
+        "`cache_dir=null`.\n" in text
+    )
 
 
 def test_written_report_says_that_adaptation_was_interrupted():
@@ -115,8 +118,8 @@ def test_written_report_tells_of_a_task_that_was_taken_back():
     done |= {"action": "tempered", "pace": 1 / 16}
     adaptation = {"steps": 40, "interrupted": False, "seconds": 3.0, "interventions": [done]}
     assert (
-        "**`cats` degraded: its agreement fell from 0.80 to 0.60 by step 30; the parameters of step 20 were put back, "
-        "with 1/16 of the learning rate (tempered).**"
+        "**`cats` degraded: its agreement fell from 0.80 to 0.60 within 30 steps; the parameters after 20 steps "
+        "were put back, with 1/16 of the learning rate (tempered).**"
     ) in written_report(report_of(adaptation=adaptation), "", [])
 
 
