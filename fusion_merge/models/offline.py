@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
-from pathlib import Path
 from types import ModuleType
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -25,6 +25,9 @@ _SWITCHES: tuple[tuple[ModuleType, str], ...] = (
     (hub, "_is_offline_mode"),  # before transformers 5
 )
 """Where each library keeps what `HF_HUB_OFFLINE` said when it was imported."""
+
+_WHILE = 60.0
+"""Seconds for which the hub's name is not looked up anew."""
 
 WAY_OUT = "bring it there with `fusion_merge fetch` and the same options"
 """What helps where something is in no cache."""
@@ -57,13 +60,10 @@ def asking_the_hub(path: str = "") -> Iterator[None]:
     Args:
         path: what is wanted; where it is a path that exists, nothing is looked up.
     """
-    asked = not is_offline() and not (path and Path(path).exists())
+    asked = not is_offline() and not os.path.exists(path)  # noqa: PTH110 - of what can be no path, too
     lost = asked and not _is_known(urlsplit(constants.ENDPOINT).hostname or "", int(time.monotonic() // _WHILE))
     with without_network() if lost else nullcontext():
         yield
-
-
-_WHILE = 60.0  # seconds for which it is not looked up anew
 
 
 @lru_cache(maxsize=1)

@@ -371,7 +371,7 @@ def test_a_dataset_cache_that_was_copied_alone_is_read(root):
 
 
 @pytest.fixture
-def no_network(monkeypatch) -> list[str]:
+def no_network(monkeypatch) -> Iterator[list[str]]:
     """A machine that knows no other; the names that are looked up."""
     asked: list[str] = []
 
@@ -402,6 +402,13 @@ def test_what_is_here_needs_no_network(no_network, tmp_path):
     with offline.asking_the_hub(str(tmp_path)):
         assert not offline.is_offline()
     assert no_network == []
+
+
+def test_what_can_be_no_path_is_no_path_that_is_here(no_network):
+    for text in ("a/" * 3000, "x" * 3000, "\0"):
+        with offline.asking_the_hub(text):
+            assert offline.is_offline()
+    assert no_network == ["huggingface.co"]
 
 
 def test_a_proxy_may_know_the_hub(no_network, monkeypatch):
